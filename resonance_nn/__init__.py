@@ -1,0 +1,10 @@
+"""Attention-free sequence models that install with pip, run anywhere PyTorch runs, and tell the truth about themselves."""
+
+from resonance_nn.cache import ResonanceCache
+from resonance_nn.config import SIZES, ResonanceConfig
+from resonance_nn.mixers import MIXERS
+from resonance_nn.models import ResonanceForCausalLM, ResonanceModel
+
+__version__ = "0.1.0"
+
+__all__ = ["MIXERS", "SIZES", "ResonanceCache", "ResonanceConfig", "ResonanceForCausalLM", "ResonanceModel"]

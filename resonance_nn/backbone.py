@@ -1,0 +1,114 @@
+"""The only stack in the package: (B, L, D) -> (B, L, D).
+
+    [ x + mixer(norm(x));  x + mlp(norm(x)) ] × layers  ->  norm
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from resonance_nn.layers import RMSNorm, SwiGLU
+from resonance_nn.mixers import MIXERS
+from resonance_nn.mixers.base import RightPadding, State
+
+if TYPE_CHECKING:
+    from resonance_nn.config import ResonanceConfig
+
+
+class Block(nn.Module):
+    """Pre-norm residual block with an injected mixer."""
+
+    def __init__(self, config: ResonanceConfig, layer_idx: int) -> None:
+        super().__init__()
+        assert config.intermediate_size is not None
+        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer = MIXERS[config.layer_mixers[layer_idx]](config, layer_idx)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.dropout = config.dropout
+
+    def forward(
+        self, x: Tensor, length: Tensor | None, reset: Tensor | None, state: State | None, return_state: bool
+    ) -> tuple[Tensor, State | None]:
+        y, state = self.mixer.mix(
+            self.mixer_norm(x), length=length, reset=reset, state=state, return_state=return_state
+        )
+        x = x + F.dropout(y, self.dropout, self.training)
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training), state
+
+
+class Backbone(nn.Module):
+    """Blocks and the final norm."""
+
+    def __init__(self, config: ResonanceConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        # transformers' gradient_checkpointing_enable() sets both
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Any] = checkpoint
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        states: Sequence[State | None] | None = None,
+        return_states: bool = False,
+        return_hidden: bool = False,
+    ) -> tuple[Tensor, list[State | None], list[Tensor]]:
+        """Run the stack.
+
+        Args:
+            x: (B, L, D).
+            mask: (B, L), False or 0 at padding, anywhere in a row; None means no padding.
+            reset: (B, L) bool, True at a document's first token.
+            states: one a block, as returned by the call before; None is a fresh start.
+            return_states: whether to compute the states after each row's last real token.
+            return_hidden: whether to keep the residual stream before every block.
+
+        Returns:
+            The normed hidden states (B, L, D), the states, and the residual streams asked for.
+        """
+        padding = None if mask is None else RightPadding(mask)
+        length = None
+        if padding is not None:
+            x, reset, length = padding.apply(x), padding.apply_reset(reset), padding.length
+        new_states: list[State | None] = []
+        hidden: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            if return_hidden:
+                hidden.append(x)
+            state = None if states is None else states[i]
+            if self.gradient_checkpointing and self.training:
+                x, state = self._gradient_checkpointing_func(block.__call__, x, length, reset, state, return_states)
+            else:
+                x, state = block(x, length, reset, state, return_states)
+            new_states.append(state)
+        x = self.norm(x)
+        if padding is not None:
+            x = padding.undo(x)
+            hidden = [padding.undo(h) for h in hidden]
+        return x, new_states, hidden
+
+
+def default_mask(mask: Tensor | None, length: int) -> Tensor | None:
+    """The last ``length`` columns of an attention mask, or None where all of them are real (then no row needs
+    reordering). While tracing for export or compilation the mask is kept."""
+    if mask is None:
+        return None
+    if mask.dim() != 2 or mask.shape[1] < length:
+        raise ValueError(
+            f"attention_mask of shape {tuple(mask.shape)}: must be (B, L) with L ≥ {length}, the tokens of this call"
+        )
+    mask = mask[:, mask.shape[1] - length :].bool()
+    if not torch.compiler.is_compiling() and bool(mask.all()):
+        return None
+    return mask

@@ -1,0 +1,126 @@
+"""What every mixer is: (B, L, D) -> (B, L, D), with a state that can be carried from call to call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from resonance_nn.config import ResonanceConfig
+
+State = dict[str, Tensor]
+
+
+class RightPadding:
+    """Turns any padded batch into a right-padded one and back.
+
+    A causal mixer cannot see what stands to the right, so right padding never touches the outputs of real tokens, and
+    only states need the rows' lengths. Left padding, or padding in the middle, is moved to the right by a stable
+    permutation of each row.
+    """
+
+    def __init__(self, mask: Tensor) -> None:
+        self.mask = mask.bool()
+        self.length = self.mask.sum(1)  # (B)
+        self.order = None
+        if bool((self.mask[:, 1:] > self.mask[:, :-1]).any()):
+            self.order = (~self.mask).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first
+
+    def apply(self, x: Tensor) -> Tensor:
+        """(B, L, ...) with real tokens moved to the left."""
+        if self.order is None:
+            return x
+        return x.gather(1, self._index(self.order, x))
+
+    def apply_reset(self, reset: Tensor | None) -> Tensor | None:
+        return None if reset is None else self.apply(reset & self.mask)
+
+    def undo(self, y: Tensor) -> Tensor:
+        """The inverse permutation, with zeros at padding."""
+        if self.order is not None:
+            y = torch.zeros_like(y).scatter(1, self._index(self.order, y), y)
+        return y.masked_fill(~self.mask.view(*self.mask.shape, *[1] * (y.dim() - 2)), 0)
+
+    @staticmethod
+    def _index(order: Tensor, x: Tensor) -> Tensor:
+        return order.view(*order.shape, *[1] * (x.dim() - 2)).expand_as(x)
+
+
+class Mixer(nn.Module):
+    """Base class. A mixer implements :meth:`mix` for right-padded batches; everything else follows."""
+
+    causal: ClassVar[bool] = True
+    constant_state: ClassVar[bool] = True  # the state's size does not depend on the context
+
+    def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.hidden_size: int = config.hidden_size
+        self.num_heads: int = config.num_heads
+        self.head_dim: int = config.hidden_size // config.num_heads
+
+    def forward(
+        self,
+        x: Tensor,
+        *,
+        mask: Tensor | None = None,
+        reset: Tensor | None = None,
+        state: State | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, State | None]:
+        """Mix tokens.
+
+        Args:
+            x: (B, L, D).
+            mask: (B, L), False or 0 at padding, anywhere in a row. Outputs there are 0.
+            reset: (B, L) bool, True at a document's first token: nothing before it is seen from there on.
+            state: as returned by the call before; None is a fresh start.
+            return_state: whether to compute the state after each row's last real token.
+
+        Returns:
+            y (B, L, D), and the state, a flat dict of real tensors, batch first (None if not asked for).
+        """
+        if mask is None:
+            return self.mix(x, reset=reset, state=state, return_state=return_state)
+        padding = RightPadding(mask)
+        y, state = self.mix(
+            padding.apply(x),
+            length=padding.length,
+            reset=padding.apply_reset(reset),
+            state=state,
+            return_state=return_state,
+        )
+        return padding.undo(y), state
+
+    def mix(
+        self,
+        x: Tensor,
+        *,
+        length: Tensor | None = None,
+        reset: Tensor | None = None,
+        state: State | None = None,
+        return_state: bool = False,
+    ) -> tuple[Tensor, State | None]:
+        """As :meth:`forward`, for rows whose first ``length`` (B) tokens are real; None means all."""
+        raise NotImplementedError
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """Initial values of the parameters that are this module's own, by name."""
+        return {}
+
+    def _initialise(self) -> None:
+        with torch.no_grad():
+            for name, value in self.initial_values().items():
+                self.get_parameter(name).copy_(value)
+
+    def state_bytes(self, context: int = 1) -> int:
+        """Bytes of state a sequence needs after ``context`` tokens, in the parameters' dtype: counted from the
+        tensors a forward pass on the meta device returns."""
+        parameters = {n: torch.empty_like(p, device="meta") for n, p in self.named_parameters()}
+        dtype = next(iter(parameters.values())).dtype
+        x = torch.empty(1, context, self.hidden_size, device="meta", dtype=dtype)
+        with torch.no_grad():
+            _, state = torch.func.functional_call(self, parameters, (x,), {"return_state": True})
+        return sum(t.numel() * t.element_size() for t in state.values())

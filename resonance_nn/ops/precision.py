@@ -1,0 +1,33 @@
+"""Where precision is decided: what must not be computed in half precision is computed in ``wide_dtype``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch import Tensor
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """float32, or x's dtype where that is wider: never narrower than the input."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def without_autocast(op: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Run an op with autocast off, on the device of its first argument: the op chooses its own dtypes."""
+
+    @wraps(op)
+    def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        first = args[0] if args else next(iter(kwargs.values()))
+        assert isinstance(first, Tensor)
+        if first.device.type == "meta":  # shapes only; autocast knows no such device
+            return op(*args, **kwargs)
+        with torch.autocast(first.device.type, enabled=False):
+            return op(*args, **kwargs)
+
+    return run
