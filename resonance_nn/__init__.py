@@ -1,4 +1,4 @@
-"""Attention-free sequence models that install with pip, run anywhere PyTorch runs, and tell the truth about themselves."""
+"""Attention-free sequence models: pip install, any device PyTorch runs on, claims that are measurements."""
 
 from resonance_nn.cache import ResonanceCache
 from resonance_nn.config import SIZES, ResonanceConfig

@@ -1,11 +1,12 @@
 """The only stack in the package: (B, L, D) -> (B, L, D).
 
-    [ x + mixer(norm(x));  x + mlp(norm(x)) ] × layers  ->  norm
+[ x + mixer(norm(x));  x + mlp(norm(x)) ] × layers  ->  norm
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +27,14 @@ class Block(nn.Module):
 
     def __init__(self, config: ResonanceConfig, layer_idx: int) -> None:
         super().__init__()
-        assert config.intermediate_size is not None
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = MIXERS[config.layer_mixers[layer_idx]](config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.dropout = config.dropout
+        # transformers' activation_checkpointing_enable() sets both, in every n-th block
+        self.gradient_checkpointing = False
+        self._gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
 
     def forward(
         self, x: Tensor, length: Tensor | None, reset: Tensor | None, state: State | None, return_state: bool
@@ -50,9 +53,6 @@ class Backbone(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        # transformers' gradient_checkpointing_enable() sets both
-        self.gradient_checkpointing = False
-        self._gradient_checkpointing_func: Callable[..., Any] = checkpoint
 
     def forward(
         self,
@@ -87,10 +87,11 @@ class Backbone(nn.Module):
             if return_hidden:
                 hidden.append(x)
             state = None if states is None else states[i]
-            if self.gradient_checkpointing and self.training:
-                x, state = self._gradient_checkpointing_func(block.__call__, x, length, reset, state, return_states)
-            else:
-                x, state = block(x, length, reset, state, return_states)
+            assert isinstance(block, Block)
+            run: Callable[..., Any] = block
+            if block.gradient_checkpointing and self.training:
+                run = partial(block._gradient_checkpointing_func, block.__call__)
+            x, state = run(x, length, reset, state, return_states)
             new_states.append(state)
         x = self.norm(x)
         if padding is not None:

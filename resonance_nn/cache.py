@@ -36,6 +36,13 @@ class StateLayer(CacheLayerMixin):
         self.num_tokens += num_new_tokens
         self.is_initialized = True
 
+    def __deepcopy__(self, memo: Any) -> StateLayer:
+        """A branch with its own tensors; those still attached to a graph are copied too."""
+        branch = StateLayer()
+        if self.state is not None:
+            branch.set({name: t.clone() for name, t in self.state.items()}, self.num_tokens)
+        return branch
+
     def _map(self, function: Any) -> None:
         if self.state is not None:
             self.state = {name: function(t) for name, t in self.state.items()}

@@ -17,6 +17,7 @@ SIZES: dict[str, dict[str, int]] = {
     "xlarge": {"hidden_size": 2048, "num_hidden_layers": 40},
 }
 FORMAT_VERSION = 1
+DERIVED: Any = None  # a field left out: __post_init__ derives it from the width
 Filters = Literal["head", "channel"]
 
 
@@ -58,10 +59,10 @@ class ResonanceConfig(PreTrainedConfig):
     vocab_size: int = 32_768
     hidden_size: int = 768
     num_hidden_layers: int = 12
-    num_heads: int | None = None
-    intermediate_size: int | None = None
-    mixers: tuple[str, ...] | list[str] | str = ("spectral_gate",)
-    num_modes: int | None = None
+    num_heads: int = DERIVED
+    intermediate_size: int = DERIVED
+    mixers: tuple[str, ...] = ("spectral_gate",)
+    num_modes: int = DERIVED
     filters: str = "head"
     conv_size: int = 4
     chunk_size: int = 64
@@ -80,15 +81,15 @@ class ResonanceConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if "num_attention_heads" in kwargs and self.num_heads is None:
+        if "num_attention_heads" in kwargs and self.num_heads is DERIVED:
             self.num_heads = kwargs.pop("num_attention_heads")
         self.mixers = (self.mixers,) if isinstance(self.mixers, str) else tuple(self.mixers)
-        if self.num_heads is None:
+        if self.num_heads is DERIVED:
             self.num_heads = _default_heads(self.hidden_size)
         self._validate()
-        if self.intermediate_size is None:
+        if self.intermediate_size is DERIVED:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
-        if self.num_modes is None:
+        if self.num_modes is DERIVED:
             self.num_modes = self.hidden_size // self.num_heads // 2
         super().__post_init__(**kwargs)
 
@@ -125,8 +126,9 @@ class ResonanceConfig(PreTrainedConfig):
             check(isinstance(value, int) and value >= minimum, field, f"an integer ≥ {minimum}")
         for field in ("intermediate_size", "num_modes"):
             value = getattr(self, field)
-            check(value is None or (isinstance(value, int) and value >= 1), field, "an integer ≥ 1, or None to derive")
-        assert self.num_heads is not None
+            check(
+                value is DERIVED or (isinstance(value, int) and value >= 1), field, "an integer ≥ 1, or None to derive"
+            )
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads < 8:
             fits = [h for h in range(1, self.hidden_size // 8 + 1) if self.hidden_size % h == 0]
             raise ValueError(

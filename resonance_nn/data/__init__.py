@@ -18,6 +18,8 @@ from resonance_nn.data.tokenizer import (
     document_token_id,
     encode_bytes,
     encode_pieces,
+    tokenizer_fingerprint,
+    tokenizer_vocab_size,
     train_tokenizer,
 )
 
@@ -38,5 +40,7 @@ __all__ = [
     "lzma_bits_per_byte",
     "read_texts",
     "split_documents",
+    "tokenizer_fingerprint",
+    "tokenizer_vocab_size",
     "train_tokenizer",
 ]

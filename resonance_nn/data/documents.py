@@ -111,11 +111,11 @@ def find_documents(specs: Sequence[str], *, text_field: str = "text", binary: bo
         elif spec.startswith("hub:"):
             paths, named = [_from_hub(spec, text_field)], True
         else:
-            path = Path(spec).expanduser()
+            path = Path(os.path.expanduser(spec))
             if os.path.isdir(path):
                 paths = _walk(path, {"__pycache__"}, found)
             elif not os.path.exists(path) and glob.has_magic(spec):
-                paths = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+                paths = sorted(p for p in map(Path, glob.glob(str(path), recursive=True)) if os.path.isfile(p))
                 if not paths:
                     raise DataError(f"no file matches the pattern {spec}")
             else:
@@ -223,10 +223,9 @@ def _walk(root: Path, left_out: set[str], found: Documents, suffix: str = "") ->
 def _add_file(path: Path, text_field: str, binary: bool, found: Documents) -> str | None:
     """Adds the documents of one file; where there are none, counts it and returns why not, as one line."""
     try:
-        if not path.exists():
-            raise DataError(_missing(path))
         if not path.is_file():
-            raise DataError(f"{path} is not a regular file")
+            found.left_out["not a file"] += 1
+            return f"{path} is not a regular file" if path.exists() else _missing(path)
         with open(path, "rb") as file:
             head = file.read(HEAD_BYTES)
             status = os.fstat(file.fileno())
@@ -324,7 +323,7 @@ def _from_hub(spec: str, text_field: str) -> Path:
     try:
         stream = iter(datasets.load_dataset(name, config or None, split=split or "train", streaming=True))
     except Exception as error:  # whatever datasets raises for a wrong name, config, split or a missing network
-        raise DataError(f"{spec} cannot be loaded: {str(error).splitlines()[0] if str(error) else error!r}") from error
+        raise DataError(f"{spec} cannot be loaded: {(str(error) or repr(error)).splitlines()[0]}") from error
     logger.info("reading %s into %s", spec, target)
     temporary = target.with_suffix(f".{os.getpid()}.tmp")
     try:

@@ -29,7 +29,13 @@ from resonance_nn.data.documents import (
     read_texts,
     split_documents,
 )
-from resonance_nn.data.tokenizer import cut_pieces, document_token_id, encode_pieces, tokenizer_vocab_size
+from resonance_nn.data.tokenizer import (
+    cut_pieces,
+    document_token_id,
+    encode_pieces,
+    tokenizer_fingerprint,
+    tokenizer_vocab_size,
+)
 
 __all__ = [
     "DataError",
@@ -221,10 +227,7 @@ def _write(
 
 def _fingerprint(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of what decides the tokens: each document's name, part, time and field, and the tokenizer."""
-    tokenizer_vocab_size(tokenizer)  # ValueError if it is not byte-level
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())  # pyright: ignore[reportOptionalMemberAccess]
-    parts = {key: backend[key] for key in ("model", "pre_tokenizer")}  # not padding and the like, which calls change
-    digest = hashlib.sha256(json.dumps([FORMAT_VERSION, document_token_id(tokenizer), parts]).encode())
+    digest = hashlib.sha256(f"{FORMAT_VERSION} {tokenizer_fingerprint(tokenizer)}".encode())
     for d in documents:
         digest.update(repr((os.path.abspath(d.path), d.start, d.stop, d.modified, d.line, d.field, d.binary)).encode())
     return digest.hexdigest()

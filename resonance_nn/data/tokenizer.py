@@ -7,7 +7,10 @@ on text without special tokens, after the leading `<|endoftext|>`.
 """
 
 import codecs
+import hashlib
+import json
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -78,7 +81,7 @@ def train_tokenizer(texts: Iterable[bytes], vocab_size: int, *, progress: bool =
         min_frequency=2,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=progress,
+        show_progress=progress and sys.stderr.isatty(),
     )
     core.train_from_iterator((text.decode("utf-8", errors="ignore") for text in texts), trainer)
     bos = SPECIAL_TOKENS[0]
@@ -121,7 +124,7 @@ def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[bytes]) -
 
 
 def cut_pieces(chunks: Iterable[bytes], limit: int = PIECE_BYTES) -> Iterator[bytes]:
-    """Cuts a stream of bytes into pieces of at most `limit` bytes that do not depend on how it came in chunks.
+    """Cuts a stream of bytes into pieces of at most `limit` (>= 8) bytes, the same however it came in chunks.
 
     A piece ends before a line break in its second half; without one, at the border of a UTF-8 character.
     """
@@ -186,6 +189,12 @@ def tokenizer_vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return _byte_codec(tokenizer).vocab_size
 
 
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of all that decides the ids of a document: equal for equal tokenizers, whatever their padding."""
+    core = json.loads(_byte_codec(tokenizer).core.to_str())
+    return hashlib.sha256(json.dumps([core, document_token_id(tokenizer)]).encode()).hexdigest()
+
+
 class _ByteCodec:
     """Tables of one byte-level tokenizer. Its splitter and merges are shared, its own settings never touched."""
 
@@ -209,9 +218,9 @@ class _ByteCodec:
         self.bytes_of |= {i: token.content.encode() for i, token in added.items()}
         self.vocab_size = max(self.bytes_of) + 1
         self.byte_ids = {byte: vocab[char] for char, byte in byte_of.items()}
-        self._plain = Tokenizer(backend.model)  # no added tokens, no normaliser, no truncation
+        self.core = Tokenizer(backend.model)  # no added tokens, no normaliser, no truncation
         if backend.pre_tokenizer is not None:
-            self._plain.pre_tokenizer = backend.pre_tokenizer
+            self.core.pre_tokenizer = backend.pre_tokenizer
         probe = "word \n\t two  spaces' 12345 é 😀\r\n\n  <|end|>".encode()
         if b"".join(self.bytes_of.get(i, b"") for i in self.encode([probe])[0]) != probe:
             raise ValueError(
@@ -223,7 +232,7 @@ class _ByteCodec:
         """Ids of each item. Bytes that are not UTF-8 arrive as lone surrogates, U+DC00 + byte."""
         texts = [data.decode("utf-8", errors="surrogateescape") for data in batch]
         runs = [[text] if text.isascii() else re.split("([\udc80-\udcff]+)", text) for text in texts]
-        valid = iter(self._plain.encode_batch_fast([r for run in runs for r in run[::2]], add_special_tokens=False))
+        valid = iter(self.core.encode_batch_fast([r for run in runs for r in run[::2]], add_special_tokens=False))
         result = []
         for run in runs:
             ids: list[int] = []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resonance_nn.mixers.base import Mixer, State
-from resonance_nn.ops.precision import wide_dtype
+from resonance_nn.ops.precision import phase_dtype, reduce_angle, wide_dtype
 from resonance_nn.ops.semiseparable import rotate
 
 if TYPE_CHECKING:
@@ -57,15 +56,15 @@ class AttentionMixer(Mixer):
             v = torch.cat((state["value"].to(v.dtype), v), dim=1)
         dense = reset is None and (state is None or bool((past == S).all()))  # nothing to hide but the future
         if dense and S == 0:
-            y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), is_causal=True)
+            y = _attend(q, k, v, None, is_causal=True)
         else:
             visible = None
             if not dense or L > 1:
                 own = (steps <= steps[:, None]) & (steps >= begin[..., None])  # (B, L, L)
                 old = (torch.arange(S, device=x.device) < past[:, None])[:, None] & (begin < 0)[..., None]  # (B, L, S)
                 visible = torch.cat((old.expand(B, L, S), own), dim=-1)[:, None]
-            y = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=visible)
-        y = self.out_proj(y.transpose(1, 2).reshape(B, L, D))
+            y = _attend(q, k, v, visible, is_causal=False)
+        y = self.out_proj(y.reshape(B, L, D))
         if not return_state:
             return y, None
         if length is None and dense:
@@ -74,8 +73,9 @@ class AttentionMixer(Mixer):
 
     def _rotary(self, x: Tensor, position: Tensor) -> Tensor:
         half = self.head_dim // 2
-        inverse = self.rope_theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-        angle = torch.remainder(position[..., None].double() * inverse, 2 * math.pi).to(wide_dtype(x))[:, :, None]
+        exact = phase_dtype(x)
+        inverse = self.rope_theta ** (-torch.arange(half, device=x.device, dtype=exact) / half)
+        angle = reduce_angle(position[..., None].to(exact) * inverse, wide_dtype(x))[:, :, None]  # (B, L, 1, P/2)
         rotated = rotate(x[..., : 2 * half], angle.cos(), angle.sin()).to(x.dtype)
         return rotated if 2 * half == x.shape[-1] else torch.cat((rotated, x[..., 2 * half :]), dim=-1)
 
@@ -87,6 +87,12 @@ class AttentionMixer(Mixer):
         kept_old = torch.where(last < 0, past, 0)
         total = kept_old + length - last.clamp(min=0)
         slots = torch.arange(int(total.max()) if total.device.type != "meta" else k.shape[1], device=k.device)
-        index = torch.where(slots < kept_old[:, None], slots, S + last.clamp(min=0)[:, None] + slots - kept_old[:, None])
+        from_new = S + last.clamp(min=0)[:, None] + slots - kept_old[:, None]
+        index = torch.where(slots < kept_old[:, None], slots, from_new)
         index = index.clamp(max=k.shape[1] - 1)[..., None, None].expand(-1, -1, *k.shape[2:])
         return {"key": k.gather(1, index), "value": v.gather(1, index), "length": total}
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None, is_causal: bool) -> Tensor:
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # (B, H, L, P)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=visible, is_causal=is_causal).transpose(1, 2)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from resonance_nn.layers import RMSNorm, ShortConv
 from resonance_nn.mixers.base import Mixer, State
-from resonance_nn.ops.precision import wide_dtype
+from resonance_nn.ops.precision import wide_dtype, wide_linear
 from resonance_nn.ops.semiseparable import semiseparable_chunked, semiseparable_step
 
 if TYPE_CHECKING:
@@ -28,7 +28,8 @@ class SpectralGateMixer(Mixer):
         y       = W_o( RMSNorm(Re(c_t^H S_t) + d ∘ v_t) ∘ silu(W_z x) )
 
     so b_t and c_t gate magnitude and phase of each frequency, and δ_t decides how far the oscillators turn: a token
-    can rotate the state, which real, positive decays cannot.
+    can rotate the state, which real, positive decays cannot. Angles add up over tokens, so δ is computed in float32 or
+    wider under autocast too: in bfloat16 its rounding alone would blur the phase by 0.1 radians within a chunk.
 
     State: ``conv`` (B, W − 1, H(P + 4N)), ``resonators`` (B, H, 2N, P), whatever the context.
     """
@@ -37,8 +38,9 @@ class SpectralGateMixer(Mixer):
         super().__init__(config, layer_idx)
         D, H, N = config.hidden_size, config.num_heads, config.num_modes
         self.num_modes, self.longest, self.chunk_size = N, config.initial_context, config.chunk_size
-        self.sizes = (D + 4 * N * H, D, H)  # [v | b | c] for the convolution, z, δ
+        self.sizes = (D + 4 * N * H, D)  # [v | b | c] for the convolution, z
         self.in_proj = nn.Linear(D, sum(self.sizes), bias=False)
+        self.step_proj = nn.Linear(D, H, bias=False)
         self.conv = ShortConv(self.sizes[0], config.conv_size)
         self.damping = nn.Parameter(torch.empty(H))
         self.frequency = nn.Parameter(torch.empty(H, N))
@@ -73,13 +75,13 @@ class SpectralGateMixer(Mixer):
         return_state: bool = False,
     ) -> tuple[Tensor, State | None]:
         B, L, D = x.shape
-        H, P, K = self.num_heads, self.head_dim, 2 * self.num_modes
+        H, K = self.num_heads, 2 * self.num_modes
         state = state or {}
-        vbc, z, step = self.in_proj(x).split(self.sizes, dim=-1)
+        vbc, z = self.in_proj(x).split(self.sizes, dim=-1)
         vbc, tail = self.conv(vbc, state.get("conv"), reset=reset, length=length)
         v, b, c = (t.view(B, L, H, -1) for t in F.silu(vbc).split((D, H * K, H * K), dim=-1))
         wide = wide_dtype(x)
-        delta = F.softplus(step.to(wide) + self.step_bias.to(wide))  # (B, L, H)
+        delta = F.softplus(wide_linear(x, self.step_proj.weight) + self.step_bias.to(wide))  # (B, L, H)
         log_decay = -delta * F.softplus(self.damping.to(wide))
         angle = delta[..., None] * self.frequency.to(wide)  # (B, L, H, N)
         b = F.normalize(b.to(wide), dim=-1, eps=1e-6) * delta[..., None]  # (B, L, H, K)

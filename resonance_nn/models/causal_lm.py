@@ -14,8 +14,8 @@ from transformers.utils import ModelOutput
 from resonance_nn.backbone import Backbone, default_mask
 from resonance_nn.cache import ResonanceCache
 from resonance_nn.config import ResonanceConfig
-from resonance_nn.layers import RMSNorm
-from resonance_nn.mixers import MIXERS
+from resonance_nn.layers import RMSNorm, ShortConv
+from resonance_nn.mixers import MIXERS, Mixer
 from resonance_nn.ops.cross_entropy import linear_cross_entropy
 
 
@@ -63,7 +63,7 @@ class ResonancePreTrainedModel(PreTrainedModel):
             init.normal_(module.weight, 0.0, std)
         elif isinstance(module, RMSNorm):
             init.ones_(module.weight)
-        elif hasattr(module, "initial_values"):
+        elif isinstance(module, Mixer | ShortConv):
             for name, value in module.initial_values().items():
                 init.copy_(module.get_parameter(name), value)
 
@@ -139,6 +139,7 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed.weight"}  # noqa: RUF012
+    lm_head: nn.Linear  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __init__(self, config: ResonanceConfig) -> None:
         super().__init__(config)
@@ -146,7 +147,7 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Module:
+    def get_output_embeddings(self) -> nn.Linear:
         return self.lm_head
 
     def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
@@ -216,15 +217,13 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
         )
         return result if return_dict is None or return_dict else result.to_tuple()
 
-    def _loss(
-        self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None
-    ) -> tuple[Tensor, Tensor | None]:
+    def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> tuple[Tensor, Tensor | None]:
         config = self.config
         targets = labels[:, 1:].flatten()
         regularised = self.training and (config.label_smoothing > 0 or config.z_loss_weight > 0)
         objective, cross_entropy = linear_cross_entropy(
             hidden[:, :-1].flatten(0, 1),
-            self.lm_head.weight,
+            self.get_output_embeddings().weight,
             targets.to(hidden.device),
             label_smoothing=config.label_smoothing if regularised else 0.0,
             z_loss_weight=config.z_loss_weight if regularised else 0.0,
@@ -236,7 +235,7 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
         loss = objective / num_items
         return loss, (loss - cross_entropy / num_items).detach() if regularised else None
 
-    def _prepare_cache_for_generation(
+    def _prepare_cache_for_generation(  # type: ignore[override] (its annotation says bool, it returns nothing)
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -18,6 +19,16 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def phase_dtype(x: Tensor) -> torch.dtype:
+    """Where angles add up before they are reduced modulo 2π: float64, except on Apple's MPS, which has none."""
+    return wide_dtype(x) if x.device.type == "mps" else torch.float64
+
+
+def reduce_angle(angle: Tensor, dtype: torch.dtype) -> Tensor:
+    """An accumulated angle modulo 2π, in ``dtype``: its cosine keeps full precision however large the angle was."""
+    return torch.remainder(angle, 2 * math.pi).to(dtype)
+
+
 def without_autocast(op: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
     """Run an op with autocast off, on the device of its first argument: the op chooses its own dtypes."""
 
@@ -31,3 +42,10 @@ def without_autocast(op: Callable[_Arguments, _Result]) -> Callable[_Arguments, 
             return op(*args, **kwargs)
 
     return run
+
+
+@without_autocast
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x W^T in float32 or wider, whatever autocast says: for the few outputs that are summed along the sequence."""
+    wide = wide_dtype(x)
+    return torch.nn.functional.linear(x.to(wide), weight.to(wide))

@@ -18,7 +18,6 @@ Sources: S4D (Gu et al. 2022), LRU (Orvieto et al. 2023), Laughing Hyena (Massar
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
@@ -26,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resonance_nn.ops.fft_conv import BLOCK_SIZE, DIRECT_MAX_LENGTH, fft_conv
-from resonance_nn.ops.precision import wide_dtype, without_autocast
+from resonance_nn.ops.precision import phase_dtype, reduce_angle, wide_dtype, without_autocast
 
 
 class Resonators(NamedTuple):
@@ -44,7 +43,8 @@ class Resonators(NamedTuple):
 def powers(modes: Resonators, steps: Tensor) -> tuple[Tensor, Tensor]:
     """Re and Im of λ_n^τ for integer steps τ (J): two tensors (F, N, J)."""
     tau = steps.to(modes.damping.dtype)
-    angle = torch.remainder(modes.frequency.double()[..., None] * steps.double(), 2 * math.pi).to(tau.dtype)
+    exact = phase_dtype(tau)
+    angle = reduce_angle(modes.frequency.to(exact)[..., None] * steps.to(exact), tau.dtype)
     magnitude = torch.exp(-modes.damping[..., None] * tau)
     return magnitude * angle.cos(), magnitude * angle.sin()
 
@@ -120,8 +120,7 @@ def resonator_fft(
     Returns:
         y (B, L, F, R) in v's dtype and S after each row's last real token.
     """
-    B, L, _, _ = v.shape
-    wide = wide_dtype(v)
+    L, wide = v.shape[1], wide_dtype(v)
     modes = modes.widen(wide)
     if block_size is None:
         block_size = L if L <= DIRECT_MAX_LENGTH else BLOCK_SIZE

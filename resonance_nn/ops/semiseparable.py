@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from resonance_nn.ops.precision import wide_dtype, without_autocast
+from resonance_nn.ops.precision import phase_dtype, reduce_angle, wide_dtype, without_autocast
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor, dim: int = -1) -> Tensor:
-    """Multiply the 2N reals ``[re | im]`` along ``dim`` by cos + i·sin (N along ``dim``): a rotation, norms are kept."""
+    """Multiply the 2N reals ``[re | im]`` along ``dim`` by cos + i·sin (N along it): a rotation, so norms are kept."""
     re, im = x.chunk(2, dim=dim)
     return torch.cat((re * cos - im * sin, re * sin + im * cos), dim=dim)
 
@@ -123,13 +123,13 @@ def semiseparable_chunked(
     def chunks(x: Tensor) -> Tensor:  # (B, L, H, ·) -> (B, C, H, T, ·)
         return x.view(B, C, T, H, -1).transpose(2, 3)
 
-    cum = chunks(log_decay.to(wide)).squeeze(-1).cumsum(-1)  # (B, C, H, T)
+    cum = chunks(log_decay).squeeze(-1).cumsum(-1, dtype=wide)  # (B, C, H, T)
     total = cum[..., -1:]  # (B, C, H, 1)
     v = chunks(v)
     b, c = chunks(b), chunks(c)
     cos = sin = None
     if angle is not None:
-        theta = chunks(angle.to(wide)).cumsum(-2)  # (B, C, H, T, N)
+        theta = reduce_angle(chunks(angle).cumsum(-2, dtype=phase_dtype(angle)), wide)  # (B, C, H, T, N)
         cos, sin = theta.cos(), theta.sin()
         b, c = rotate(b, cos, -sin), rotate(c, cos, -sin)
         cos, sin = cos[..., -1, :, None], sin[..., -1, :, None]  # e^{iθ_T}, (B, C, H, N, 1)

@@ -1,0 +1,36 @@
+"""Shared by all tests: small sizes, and uninitialised memory filled with NaN so that reading it cannot pass."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from torch import Tensor
+
+torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty returns NaN while this is in use."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    """max|Δ| / max|expected|, the measure of MATH §0."""
+    assert actual.shape == expected.shape
+    assert torch.isfinite(actual).all()
+    actual, expected = actual.detach(), expected.detach()
+    scale = expected.double().abs().max().clamp(min=1e-12)
+    return float((actual.double() - expected.double()).abs().max() / scale)

@@ -1,0 +1,84 @@
+"""The contracts of a mixer and of a causal model, as functions, so that a mixer that breaks one can be shown to."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from resonance_nn import ResonanceConfig, ResonanceForCausalLM
+from resonance_nn.mixers import MIXERS, Mixer
+
+STACKS = {  # what builds a language model: every causal mixer alone, and hybrids
+    **{name: (name,) for name, mixer in MIXERS.items() if mixer.causal},
+    "hybrid_attention": ("spectral_gate", "attention"),
+    "hybrid_resonance": ("resonance", "spectral_gate"),
+}
+
+
+def small_config(mixers: tuple[str, ...] = ("spectral_gate",), **overrides) -> ResonanceConfig:
+    fields = dict(vocab_size=61, hidden_size=32, num_heads=2, num_hidden_layers=2, initial_context=64, mixers=mixers)
+    return ResonanceConfig(**{**fields, **overrides})
+
+
+def small_model(mixers: tuple[str, ...], **overrides) -> ResonanceForCausalLM:
+    torch.manual_seed(0)
+    return ResonanceForCausalLM(small_config(mixers, **overrides)).eval()
+
+
+def make_mixer(name: str, dtype: torch.dtype = torch.float64, **overrides) -> Mixer:
+    """A mixer whose output maps are large enough for changes to show."""
+    torch.manual_seed(0)
+    return MIXERS[name](small_config((name,), **overrides)).to(dtype)
+
+
+def assert_causal(model: ResonanceForCausalLM, L: int = 40) -> None:
+    """Contract 1, in float64: changing token t leaves every output before t, changes outputs at t and after t."""
+    model = model.double().eval()
+    ids = torch.randint(0, model.config.vocab_size, (1, L))
+    with torch.no_grad():
+        before = model(ids).logits
+        for t in {0, 1, L // 2, L - 2, L - 1}:
+            changed = ids.clone()
+            changed[0, t] = (changed[0, t] + 1) % model.config.vocab_size
+            difference = (model(changed).logits - before).abs().amax(-1)[0]
+            assert not (difference[:t] > 1e-10).any(), f"token {t} changes outputs before it by {difference[:t].max()}"
+            assert difference[t] > 1e-6, f"token {t} does not change its own output"
+            assert t == L - 1 or difference[t + 1 :].max() > 1e-8, f"token {t} changes nothing after it"
+
+
+def iid_loss(mixers: tuple[str, ...], steps: int = 150) -> tuple[float, float]:
+    """Contract 2: the loss of a small model trained on i.i.d. uniform tokens, over its last fresh batches, and ln V."""
+    V = 16
+    model = small_model(mixers, vocab_size=V).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(7)
+    losses = []
+    for _ in range(steps):
+        ids = torch.randint(0, V, (16, 32), generator=generator)
+        loss = model(ids, labels=ids).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return sum(losses[-20:]) / 20, math.log(V)
+
+
+def assert_no_leak(mixers: tuple[str, ...]) -> None:
+    loss, floor = iid_loss(mixers)
+    assert loss >= floor - 0.02, f"loss {loss:.3f} on i.i.d. tokens, below ln V = {floor:.3f}: it reads its answers"
+
+
+def pieces(x: Tensor, sizes: list[int]) -> list[Tensor]:
+    assert sum(sizes) == x.shape[1]
+    return list(x.split(sizes, dim=1))
+
+
+def uneven(L: int) -> list[int]:
+    """Piece lengths 1, 2, 64, 1, … that add up to L."""
+    sizes, cycle = [], [1, 2, 64, 1, 100, 3]
+    while L:
+        sizes.append(min(cycle[len(sizes) % len(cycle)], L))
+        L -= sizes[-1]
+    return sizes
