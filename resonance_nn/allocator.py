@@ -1,0 +1,25 @@
+"""Keep freed memory in the process: on Linux with glibc a large speed-up for CPU training.
+
+glibc serves every tensor above 32 MB by mapping fresh pages and gives them back at once, so each step pays for
+thousands of page faults. ``mallopt`` turns both off. It costs memory: the process stays at its peak.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+KEEP = 1 << 30  # 1 GB: larger blocks are still mapped
+
+
+def keep_freed_memory() -> bool:
+    """Ask glibc to keep freed pages for later tensors. Call it once, before tensors are made.
+
+    Returns:
+        Whether it took effect; False, and nothing done, where the C library is not glibc.
+    """
+    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+        return False
+    mallopt = ctypes.CDLL(None).mallopt
+    return bool(mallopt(M_MMAP_THRESHOLD, KEEP)) and bool(mallopt(M_TRIM_THRESHOLD, 2 * KEEP - 1))
