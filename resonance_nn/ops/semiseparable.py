@@ -142,10 +142,10 @@ def semiseparable_chunked(
         to_end = to_end * (document == document[..., -1:])
         from_start = from_start * (document == 0)
         carry = carry * (document[..., -1:] == 0)
-    log_mask = (cum[..., :, None] - cum[..., None, :]).masked_fill(~causal, float("-inf"))  # (B, C, H, T, T)
-    scores = (c.to(dtype) @ b.to(dtype).transpose(-1, -2)) * log_mask.exp().to(dtype)
-    y = scores @ v
-    writes = ((b * to_end[..., None]).to(dtype).transpose(-1, -2) @ v).to(wide)  # (B, C, H, K, P)
+    decay = (cum[..., :, None] - cum[..., None, :]).masked_fill_(~causal, float("-inf")).exp_()  # (B, C, H, T, T)
+    b, c = b.to(dtype), c.to(dtype)
+    y = ((c @ b.transpose(-1, -2)) * decay.to(dtype)) @ v
+    writes = (b.transpose(-1, -2) @ (v * to_end[..., None].to(dtype))).to(wide)  # (B, C, H, K, P)
 
     S = v.new_zeros(B, H, K, P, dtype=wide) if state is None else state.to(wide)
     starts = []
@@ -156,8 +156,8 @@ def semiseparable_chunked(
             S = rotate(S, cos[:, j], sin[:, j], dim=-2)
     if state is None and C == 1:
         return _unchunk(y, L), S
-    inter = (c * from_start[..., None]).to(dtype) @ torch.stack(starts, dim=1).to(dtype)
-    return _unchunk(y + inter, L), S
+    y = y + (c @ torch.stack(starts, dim=1).to(dtype)) * from_start[..., None].to(dtype)
+    return _unchunk(y, L), S
 
 
 @without_autocast
