@@ -117,7 +117,7 @@ class TokenStore:
         Raises DataError if a document cannot be read, the disk is full, or `folder` holds anything else.
         """
         folder = Path(folder)
-        fingerprint = _fingerprint(documents, tokenizer)
+        fingerprint = documents_fingerprint(documents, tokenizer)
         if store := cls._matching(folder, fingerprint):
             return store
         if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - STORE_FILES):
@@ -225,7 +225,7 @@ def _write(
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def _fingerprint(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> str:
+def documents_fingerprint(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of what decides the tokens: each document's name, part, time and field, and the tokenizer."""
     digest = hashlib.sha256(f"{FORMAT_VERSION} {tokenizer_fingerprint(tokenizer)}".encode())
     for d in documents:

@@ -1,0 +1,127 @@
+"""What a training run is told: one dataclass, checked before any file is read."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from resonance_nn.config import ResonanceConfig
+
+LOGGERS = ("none", "tensorboard", "trackio", "wandb")
+# What may differ between a run and its resumption. Data is compared by what is in it.
+FREE = ("data", "eval_data", "output_dir", "resume", "overwrite", "keep", "save_every", "log_to", "progress")
+
+
+@dataclass
+class TrainArguments:
+    """What ``resonance train`` takes. Every None is derived, as its comment says.
+
+    One of ``steps``, ``epochs`` and ``tokens`` is the budget; without any, one epoch.
+    """
+
+    data: Sequence[str]  # files, folders, globs, "stdlib", "hub:org/name"
+    output_dir: str | os.PathLike[str]
+    eval_data: Sequence[str] = ()  # empty: the last 5% of the documents
+    text_field: str = "text"  # of JSONL
+    binary: bool = False
+
+    size: str | None = None  # None: "tiny"
+    mixers: Sequence[str] | None = None  # None: the config's default
+    vocab_size: int | None = None  # of the tokenizer to train; None: 8192
+    tokenizer: str | None = None  # a folder with a tokenizer to use instead
+    init: str | None = None  # a model to go on from
+    config: dict[str, Any] = field(default_factory=dict)  # further fields of ResonanceConfig
+    dropout: float | None = None  # None: the model's, 0 for a new one; so are the next two
+    label_smoothing: float | None = None
+    z_loss: float | None = None
+
+    steps: int | None = None
+    epochs: float | None = None
+    tokens: int | None = None
+    seq_len: int = 512
+    batch_size: int = 8  # windows a process in one forward pass
+    accumulate: int = 1  # forward passes a step
+    lr: float | None = None  # None: 3e-3 · 256 / width, at most 3e-3; a tenth of it with init
+    warmup: float = 0.05  # below 1 a share of the steps, else steps
+    weight_decay: float = 0.1
+    clip: float = 1.0  # 0 turns it off
+    precision: str = "auto"
+    device: str = "auto"
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    seed: int = 0
+
+    save_every: int | None = None  # None: ten times a run, at least every 1000 steps; so is eval_every
+    keep: int = 2
+    eval_every: int | None = None
+    log_to: str = "none"
+    resume: bool = False
+    overwrite: bool = False
+    progress: bool = True
+
+    def check(self) -> None:
+        """Refuse what cannot work, before any file is read.
+
+        Raises:
+            ValueError: naming the argument, its value, what is allowed and the likely fix.
+        """
+
+        def refuse(name: str, allowed: str) -> None:
+            raise ValueError(f"{name} = {getattr(self, name)!r}: must be {allowed}")
+
+        if not self.data or isinstance(self.data, str):
+            refuse("data", "one or more files, folders, globs, stdlib or hub:org/name")
+        for name, minimum in (("seq_len", 2), ("batch_size", 1), ("accumulate", 1), ("keep", 1)):
+            if getattr(self, name) < minimum:
+                refuse(name, f"≥ {minimum}")
+        for name in ("steps", "tokens", "save_every", "eval_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                refuse(name, "≥ 1")
+        for name in ("lr", "epochs"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                refuse(name, "> 0 and finite")
+        for name in ("warmup", "weight_decay", "clip"):
+            if not 0 <= getattr(self, name) < math.inf:
+                refuse(name, "≥ 0 and finite")
+        if not 0 <= self.seed < 1 << 32:
+            refuse("seed", "from 0 to 2^32 - 1")
+        budgets = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
+        if len(budgets) > 1:
+            raise ValueError(f"{' and '.join(budgets)}: the budget is only one of steps, epochs and tokens")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite: one goes on with a run, the other starts anew; give one")
+        if self.tokenizer and self.vocab_size:
+            raise ValueError("tokenizer and vocab_size: a given tokenizer has its size; leave vocab_size out")
+        if self.init:
+            given = [n for n in ("size", "mixers", "vocab_size", "tokenizer", "config") if getattr(self, n)]
+            if given:
+                raise ValueError(f"init and {', '.join(given)}: the model brings its own; leave {given[0]} out")
+        if self.log_to not in LOGGERS:
+            refuse("log_to", f"one of {', '.join(LOGGERS)}")
+        if self.log_to != "none" and importlib.util.find_spec(self.log_to) is None:
+            raise ValueError(
+                f"log_to = {self.log_to!r}: the package is not installed; pip install 'resonance-nn[track]'"
+            )
+
+    def model_config(self) -> ResonanceConfig:
+        """The configuration of a new model, its vocabulary as wished for."""
+        given = {"mixers": self.mixers and tuple(self.mixers), **self.training_fields()}
+        twice = [name for name in self.config if given.get(name) is not None or name == "vocab_size"]
+        if twice:
+            raise ValueError(f"config: {twice[0]} has an argument of its own; use that")
+        given = {name: value for name, value in given.items() if value is not None}
+        return ResonanceConfig.from_size(
+            self.size or "tiny", vocab_size=self.vocab_size or 8192, **given, **self.config
+        )
+
+    def training_fields(self) -> dict[str, float | None]:
+        """Fields of the config that change how a model is trained, and not the model."""
+        return {
+            "dropout": self.dropout,
+            "label_smoothing": self.label_smoothing,
+            "z_loss_weight": self.z_loss,
+        }

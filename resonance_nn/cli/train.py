@@ -1,0 +1,188 @@
+"""`resonance train`."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from resonance_nn.cli.common import JsonOption, check_output, console_for, stderr_console, write_json
+
+MODEL, BUDGET, OPTIMISER, RUN = "Model", "Budget and batches", "Optimisation", "Run"
+
+
+def train(
+    data: Annotated[
+        list[str],
+        typer.Option("--data", help="File, folder, glob, stdlib, or hub:org/name; repeatable.", show_default=False),
+    ],
+    output_dir: Annotated[str, typer.Option(help="Folder for the model and all of the run.", show_default=False)],
+    eval_data: Annotated[
+        list[str] | None, typer.Option("--eval-data", help="Held-out text; default: the last 5% of the files.")
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Field of JSONL and hub rows that holds the text.")] = "text",
+    binary: Annotated[bool, typer.Option("--binary", help="Take files that are not text, byte for byte.")] = False,
+    size: Annotated[
+        str | None,
+        typer.Option(help="tiny, small, base, medium, large or xlarge. Default: tiny.", rich_help_panel=MODEL),
+    ] = None,
+    mixers: Annotated[
+        str | None, typer.Option(help="Comma-separated, repeated over the layers.", rich_help_panel=MODEL)
+    ] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Of the tokenizer to train. Default: 8192.", rich_help_panel=MODEL)
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="Folder of a tokenizer to use instead of training one.", rich_help_panel=MODEL)
+    ] = None,
+    init: Annotated[
+        str | None, typer.Option(help="Model to go on from: folder, bundled, hub:org/name.", rich_help_panel=MODEL)
+    ] = None,
+    config: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", metavar="FIELD=VALUE", help="Any field of ResonanceConfig; repeatable.", rich_help_panel=MODEL
+        ),
+    ] = None,
+    dropout: Annotated[float | None, typer.Option(help="In [0, 1).", rich_help_panel=MODEL)] = None,
+    label_smoothing: Annotated[float | None, typer.Option(help="In [0, 1).", rich_help_panel=MODEL)] = None,
+    z_loss: Annotated[float | None, typer.Option(help="Weight of mean(lse²).", rich_help_panel=MODEL)] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=BUDGET)] = None,
+    epochs: Annotated[
+        float | None, typer.Option(help="Passes over the data. Default: 1.", rich_help_panel=BUDGET)
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="Tokens to train on.", rich_help_panel=BUDGET)] = None,
+    seq_len: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=BUDGET)] = 512,
+    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.", rich_help_panel=BUDGET)] = 8,
+    accumulate: Annotated[int, typer.Option(help="Forward passes a step.", rich_help_panel=BUDGET)] = 1,
+    lr: Annotated[
+        float | None,
+        typer.Option(
+            help="Peak learning rate. Default: 3e-3 · 256 / width, at most 3e-3; with --init a tenth.",
+            rich_help_panel=OPTIMISER,
+        ),
+    ] = None,
+    warmup: Annotated[
+        float, typer.Option(help="Below 1 a share of the steps, else steps.", rich_help_panel=OPTIMISER)
+    ] = 0.05,
+    weight_decay: Annotated[
+        float, typer.Option(help="On linear maps and embeddings.", rich_help_panel=OPTIMISER)
+    ] = 0.1,
+    clip: Annotated[float, typer.Option(help="Largest gradient norm; 0: no limit.", rich_help_panel=OPTIMISER)] = 1.0,
+    precision: Annotated[
+        str, typer.Option(help="auto, bf16, fp16 or fp32, of the matmuls.", rich_help_panel=OPTIMISER)
+    ] = "auto",
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option("--gradient-checkpointing", help="Less memory, a third more time.", rich_help_panel=OPTIMISER),
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="torch.compile: slow to start.", rich_help_panel=OPTIMISER)
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of weights, data order and dropout.", rich_help_panel=OPTIMISER)] = 0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, mps or xpu.", rich_help_panel=RUN)] = "auto",
+    save_every: Annotated[
+        int | None, typer.Option(help="Steps. Default: a tenth, at most 1000.", rich_help_panel=RUN)
+    ] = None,
+    keep: Annotated[int, typer.Option(help="Newest checkpoints to keep.", rich_help_panel=RUN)] = 2,
+    eval_every: Annotated[
+        int | None, typer.Option(help="Steps. Default: a tenth, at most 1000.", rich_help_panel=RUN)
+    ] = None,
+    log_to: Annotated[str, typer.Option(help="none, tensorboard, trackio or wandb.", rich_help_panel=RUN)] = "none",
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint, same arguments.", rich_help_panel=RUN)
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Delete the run in the output folder.", rich_help_panel=RUN)
+    ] = False,
+    json_file: JsonOption = None,
+) -> None:
+    """Train a language model on text, or go on training one (--init), or go on with a run (--resume).
+
+    Example: resonance train --data stdlib --output-dir runs/first --steps 300
+    """
+    check_output(json_file, "--json")
+    fields = dict(_field(text) for text in config or [])
+
+    from resonance_nn.training import TrainArguments, TrainingInterrupted
+    from resonance_nn.training import train as run
+
+    arguments = TrainArguments(
+        data=data,
+        output_dir=output_dir,
+        eval_data=eval_data or (),
+        text_field=text_field,
+        binary=binary,
+        size=size,
+        mixers=None if mixers is None else tuple(name.strip() for name in mixers.split(",")),
+        vocab_size=vocab_size,
+        tokenizer=tokenizer,
+        init=init,
+        config=fields,
+        dropout=dropout,
+        label_smoothing=label_smoothing,
+        z_loss=z_loss,
+        steps=steps,
+        epochs=epochs,
+        tokens=tokens,
+        seq_len=seq_len,
+        batch_size=batch_size,
+        accumulate=accumulate,
+        lr=lr,
+        warmup=warmup,
+        weight_decay=weight_decay,
+        clip=clip,
+        precision=precision,
+        gradient_checkpointing=gradient_checkpointing,
+        compile=compile,
+        seed=seed,
+        device=device,
+        save_every=save_every,
+        keep=keep,
+        eval_every=eval_every,
+        log_to=log_to,
+        resume=resume,
+        overwrite=overwrite,
+    )
+    try:
+        result = run(arguments)
+    except TrainingInterrupted as interrupted:
+        words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+        command = shlex.join(["resonance", *words, "--resume"])
+        stderr_console.print(f"{interrupted}\nGo on with: {command}", soft_wrap=True, markup=False)
+        raise
+    if os.environ.get("RANK", "0") != "0":  # under torchrun
+        return
+    if json_file is not None:
+        write_json(json_file, result)
+    out, summary = console_for(json_file), result["summary"]
+    out.print(
+        f"held-out loss {_number(summary['eval_loss'])} nats a token, "
+        f"{_number(summary['eval_bits_per_byte_in_windows'])} bits per byte in windows of {seq_len} tokens; "
+        f"{summary['steps']:,} steps, {summary['tokens']:,} tokens",
+        soft_wrap=True,
+    )
+    where = shlex.quote(output_dir)
+    out.print(f"The model is in {where}. Next:", soft_wrap=True, markup=False)
+    sources = " ".join(f"--data {shlex.quote(spec)}" for spec in eval_data or data)
+    out.print(f"  resonance eval {where} {sources}{'' if eval_data else ' --held-out'}", soft_wrap=True, markup=False)
+    out.print(f"  resonance generate {where} --prompt ...", soft_wrap=True, markup=False)
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.3f}"
+
+
+def _field(text: str) -> tuple[str, Any]:
+    """FIELD=VALUE, the value as JSON where it is some, else as a string."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(f"--set {text!r}: must be FIELD=VALUE, as in --set conv_size=8")
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
