@@ -18,7 +18,8 @@ PROMPT = 'class Stack:\n    """A last-in, first-out collection."""\n\n    def __
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("demo"))
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens to train on")
+    parser.add_argument("--tokens", type=int, default=1_600_000, help="tokens to train on")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     begin = time.perf_counter()
     keep_freed_memory()
@@ -44,6 +45,7 @@ def main() -> int:
         tokens=options.tokens,
         seq_len=512,
         batch_size=8,
+        seed=options.seed,
         resume=unfinished,
         overwrite=not unfinished,
     )

@@ -11,6 +11,7 @@ import platform
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 KEEP = 1 << 30  # 1 GB: larger blocks are still mapped
+_kept = False
 
 
 def keep_freed_memory() -> bool:
@@ -21,5 +22,12 @@ def keep_freed_memory() -> bool:
     """
     if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
         return False
+    global _kept
     mallopt = ctypes.CDLL(None).mallopt
-    return bool(mallopt(M_MMAP_THRESHOLD, KEEP)) and bool(mallopt(M_TRIM_THRESHOLD, 2 * KEEP - 1))
+    _kept = bool(mallopt(M_MMAP_THRESHOLD, KEEP)) and bool(mallopt(M_TRIM_THRESHOLD, 2 * KEEP - 1))
+    return _kept
+
+
+def is_freed_memory_kept() -> bool:
+    """Whether :func:`keep_freed_memory` was called and took effect: part of what a measurement was made on."""
+    return _kept

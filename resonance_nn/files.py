@@ -10,8 +10,14 @@ from pathlib import Path
 
 @contextmanager
 def atomic_path(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary name in the same folder, renamed to ``path`` at the end, removed if anything fails."""
+    """A temporary name in the same folder, renamed to ``path`` at the end, removed if anything fails.
+
+    A pipe or a device is never replaced: it is written to directly.
+    """
     target = Path(path)
+    if target.exists() and not target.is_file():
+        yield target
+        return
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         yield temporary

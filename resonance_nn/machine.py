@@ -8,6 +8,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from resonance_nn.allocator import is_freed_memory_kept
+
 
 def machine_info(device: str | None = None) -> dict[str, Any]:
     """Processor, cores, threads, memory in bytes, operating system, and the accelerator if ``device`` names one."""
@@ -20,6 +22,7 @@ def machine_info(device: str | None = None) -> dict[str, Any]:
         "memory_bytes": _memory_bytes(),
         "system": platform.platform(),
         "device": device or "cpu",
+        "freed_memory_kept": is_freed_memory_kept(),
     }
     if device is not None and device.startswith("cuda"):
         info["accelerator"] = torch.cuda.get_device_name(device)

@@ -1,0 +1,90 @@
+"""What the commands share: consoles, JSON output, option types. Light: no torch at import."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from resonance_nn.files import atomic_path
+
+if TYPE_CHECKING:
+    import torch
+
+console = Console(highlight=False)  # results, on standard output
+stderr_console = Console(stderr=True, highlight=False)
+
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A folder, a bundled name, or hub:org/name.", show_default=False)
+]
+JsonOption = Annotated[
+    str | None,
+    typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output.", show_default=False),
+]
+DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, mps or xpu.")]
+SeedOption = Annotated[int | None, typer.Option("--seed", help="Makes the random choices repeatable.")]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        "--precision", metavar="PRECISION", help="Of the weights: auto (as they were saved), fp32, bf16, fp16."
+    ),
+]
+
+
+def console_for(json_path: str | None) -> Console:
+    """Where people read: standard output, or standard error while JSON goes to standard output."""
+    return stderr_console if json_path == "-" else console
+
+
+def write_json(path: str | os.PathLike[str], payload: Any) -> None:
+    """Write ``payload`` to a file, whole or not at all, or to standard output if ``path`` is "-"."""
+    text = json.dumps(payload, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    if str(path) == "-":
+        sys.stdout.write(text)
+        sys.stdout.flush()
+        return
+    try:
+        with atomic_path(path) as target:
+            target.write_text(text, encoding="utf-8")
+    except OSError as error:  # a full disk does not say where
+        raise OSError(error.errno, error.strerror, str(path)) from error
+
+
+def check_output(path: str | os.PathLike[str] | None, flag: str) -> None:
+    """Refuse an output file that cannot be written before any work is done for it."""
+    if path is None or str(path) == "-":
+        return
+    folder = Path(path).parent
+    if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        reason = "is a folder" if Path(path).is_dir() else f"the folder {str(folder)!r} does not exist or is read-only"
+        raise ValueError(f"{flag} {str(path)!r}: {reason}")
+
+
+def dtype_of(precision: str) -> torch.dtype | None:
+    """The dtype of "fp32", "bf16" or "fp16"; None for "auto"."""
+    import torch
+
+    dtypes = {"auto": None, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in dtypes:
+        raise ValueError(f"precision = {precision!r}: must be one of {', '.join(dtypes)}")
+    return dtypes[precision]
+
+
+def quiet_libraries() -> None:
+    """No advice of transformers' in the middle of our output."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging as transformers_logging
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

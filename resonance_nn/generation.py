@@ -1,0 +1,374 @@
+"""Prompts -> completions: a prompt read once in chunks, its state saved and continued, text as it comes.
+
+ids -> prefill (all but the last token, in chunks) -> ResonanceCache -> transformers' generate -> Completion
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers.generation.streamers import BaseStreamer
+
+from resonance_nn.cache import ResonanceCache
+from resonance_nn.data.tokenizer import (
+    IncrementalDecoder,
+    decode_bytes,
+    document_token_id,
+    encode_bytes,
+    tokenizer_vocab_size,
+)
+from resonance_nn.models.causal_lm import ResonanceForCausalLM
+
+PREFILL_CHUNK = 8192  # tokens of a prompt in one forward pass: memory does not grow with the prompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. None leaves a rule out; ``check`` refuses what is out of range or without effect.
+
+    Sampling at temperature 0.8 unless ``greedy`` or ``num_beams`` > 1.
+    """
+
+    max_new_tokens: int = 128
+    temperature: float | None = None
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    num_beams: int = 1
+    num_return_sequences: int = 1
+    greedy: bool = False
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def samples(self) -> bool:
+        return not self.greedy and self.num_beams == 1
+
+    def check(self) -> None:
+        """Raise ValueError naming the setting, its value and what is allowed."""
+        for name, valid, allowed in (
+            ("max_new_tokens", self.max_new_tokens >= 0, "≥ 0"),
+            ("temperature", self.temperature is None or self.temperature > 0, "> 0; greedy decoding is temperature 0"),
+            ("top_k", self.top_k is None or self.top_k >= 1, "≥ 1"),
+            ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
+            ("min_p", self.min_p is None or 0 <= self.min_p < 1, "in [0, 1)"),
+            ("repetition_penalty", self.repetition_penalty is None or self.repetition_penalty > 0, "> 0; 1 is none"),
+            ("num_beams", self.num_beams >= 1, "≥ 1"),
+            ("num_return_sequences", self.num_return_sequences >= 1, "≥ 1"),
+            ("stop", all(self.stop), "text that is not empty"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} = {getattr(self, name)!r}: must be {allowed}")
+        if self.greedy and self.num_beams > 1:
+            raise ValueError("greedy and num_beams > 1 exclude each other")
+        if not self.samples:
+            how = "greedy decoding" if self.greedy else "beam search"
+            for name in ("temperature", "top_k", "top_p", "min_p", "seed"):
+                if getattr(self, name) is not None:
+                    raise ValueError(f"{name} = {getattr(self, name)!r}: has no effect on {how}; leave one of them out")
+            if self.num_return_sequences > self.num_beams:
+                raise ValueError(
+                    f"num_return_sequences = {self.num_return_sequences}: {how} gives at most {self.num_beams}"
+                )
+
+    def generation_config(self, model: ResonanceForCausalLM, tokenizer: PreTrainedTokenizerBase) -> GenerationConfig:
+        """The same, as transformers takes it. Generation ends at the token that begins a document."""
+        end = document_token_id(tokenizer)
+        ends = [end] if (turn := special_token_id(tokenizer, "<|end|>")) is None else [end, turn]
+        unknown = list(range(tokenizer_vocab_size(tokenizer), model.config.vocab_size))
+        config = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.samples,
+            num_beams=self.num_beams,
+            num_return_sequences=self.num_return_sequences,
+            repetition_penalty=self.repetition_penalty,
+            suppress_tokens=unknown or None,  # ids the tokenizer cannot spell
+            eos_token_id=ends,
+            pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+        )
+        if self.samples:
+            config.temperature = 0.8 if self.temperature is None else self.temperature
+            config.top_k = self.top_k or 0  # 0 is none; transformers' own default is 50
+            config.top_p = 1.0 if self.top_p is None else self.top_p
+            config.min_p = self.min_p
+        return config
+
+
+@dataclass(frozen=True)
+class Completion:
+    """One continuation: its tokens without the one that ended it, its text up to a stop string, and why it ended."""
+
+    ids: list[int]
+    text: str
+    finish_reason: str  # "length", "end" (of document or turn), "stop" (string), "interrupted"
+
+
+class StopText:
+    """Token ids, as they come, to text that ends before the first stop string.
+
+    What may become a stop string, or is a character cut between two tokens, is held back.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
+        self._decoder = IncrementalDecoder(tokenizer)
+        self._stop = tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, ids: Sequence[int], *, final: bool = False) -> str:
+        """The text that is certain now; with ``final``, all that is left."""
+        if self.stopped:
+            return ""
+        text = self._held + self._decoder.decode(ids, final=final)
+        found = [position for stop in self._stop if (position := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        held = 0
+        if not final:  # the longest end of the text that some stop string begins with
+            begins = {stop[:n] for stop in self._stop for n in range(1, len(stop))}
+            held = max((len(begin) for begin in begins if text.endswith(begin)), default=0)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
+
+
+class TextStreamer(BaseStreamer):
+    """Gives ``write`` the completion's text while transformers generates it."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None], stop: Sequence[str] = ()):
+        self._text = StopText(tokenizer, stop)
+        self._write = write
+        self._in_prompt = True
+
+    def put(self, value: Tensor) -> None:
+        if self._in_prompt:  # transformers hands over the prompt first
+            self._in_prompt = False
+        elif text := self._text.push(value.flatten().tolist()):
+            self._write(text)
+
+    def end(self) -> None:
+        if text := self._text.push([], final=True):
+            self._write(text)
+
+
+class StopAtText(StoppingCriteria):
+    """Stops a row once its completion holds one of the stop strings. Stateless, since beam search reorders rows."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int) -> None:
+        self._tokenizer = tokenizer
+        self._stop = [text.encode() for text in stop]
+        self._window = max(map(len, self._stop))  # every token but a special one spells a byte or more
+        self._prompt_length = prompt_length
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # type: ignore[override]
+        tails = input_ids[:, max(self._prompt_length, input_ids.shape[1] - self._window) :].tolist()
+        texts = [decode_bytes(self._tokenizer, tail) for tail in tails]
+        return torch.tensor([any(s in text for s in self._stop) for text in texts], device=input_ids.device)
+
+
+class StopWhen(StoppingCriteria):
+    """Stops all rows once ``condition()`` holds (Ctrl-C)."""
+
+    def __init__(self, condition: Callable[[], bool]) -> None:
+        self._condition = condition
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # type: ignore[override]
+        return torch.full((input_ids.shape[0],), self._condition(), device=input_ids.device)
+
+
+def special_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
+    """The id of a special token, None if the tokenizer has no such one."""
+    return next((i for i, added in tokenizer.added_tokens_decoder.items() if added.content == token), None)
+
+
+def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: bytes) -> list[int]:
+    """The ids of a document that begins with ``prompt``, exactly its bytes."""
+    return [document_token_id(tokenizer), *encode_bytes(tokenizer, prompt)]
+
+
+@torch.no_grad()
+def prefill(
+    model: ResonanceForCausalLM,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    cache: ResonanceCache | None = None,
+    chunk_size: int = PREFILL_CHUNK,
+) -> ResonanceCache:
+    """Read a prompt (B, L), but for its last token, into a cache, ``chunk_size`` tokens at a time.
+
+    Tokens the cache has seen already are not read again. The last one is left for ``generate``, whose first step needs
+    its logits.
+    """
+    cache = ResonanceCache(model.config.num_hidden_layers) if cache is None else cache
+    while (start := cache.get_seq_length()) < input_ids.shape[1] - 1:
+        stop = min(start + chunk_size, input_ids.shape[1] - 1)
+        mask = None if attention_mask is None else attention_mask[:, start:stop]
+        ids = input_ids[:, start:stop]
+        model(ids, attention_mask=mask, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    return cache
+
+
+def complete(
+    model: ResonanceForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    *,
+    cache: ResonanceCache | None = None,
+    write: Callable[[str], None] | None = None,
+    interrupted: Callable[[], bool] = lambda: False,
+    chunk_size: int = PREFILL_CHUNK,
+) -> list[list[Completion]]:
+    """Continue each prompt (token ids, ≥ 1), all in one left-padded batch.
+
+    Args:
+        cache: the state after the first tokens of a single prompt; the rest is read into it. With one sequence to
+            generate it goes on to the last token but one of the completion, else copies of it do.
+        write: called with the text of the completion as it comes; for one prompt and one sequence, without beams.
+        interrupted: asked after each token whether to stop.
+
+    Returns:
+        ``num_return_sequences`` completions for each prompt.
+    """
+    sampling.check()
+    rows = sampling.num_return_sequences
+    if write is not None and (len(prompts) > 1 or rows > 1 or sampling.num_beams > 1):
+        raise ValueError("text can be streamed for one prompt and one sequence without beams only")
+    if sampling.max_new_tokens == 0:
+        return [[Completion([], "", "length") for _ in range(rows)] for _ in prompts]
+    config = sampling.generation_config(model, tokenizer)
+    ends: list[int] = config.eos_token_id
+    length = max(map(len, prompts))
+    padding = [length - len(prompt) for prompt in prompts]
+    input_ids = torch.tensor([[config.pad_token_id] * n + list(p) for n, p in zip(padding, prompts, strict=True)])
+    mask = torch.tensor([[0] * n + [1] * (length - n) for n in padding])
+    input_ids, mask = input_ids.to(model.device), mask.to(model.device)
+
+    cache = prefill(model, input_ids, mask, cache, chunk_size)
+    if (copies := max(rows, sampling.num_beams)) > 1:
+        cache = copy.deepcopy(cache)
+        cache.batch_repeat_interleave(copies)
+    criteria = StoppingCriteriaList([StopWhen(interrupted)])
+    if sampling.stop:
+        criteria.append(StopAtText(tokenizer, sampling.stop, length))
+    if sampling.seed is not None:
+        torch.manual_seed(sampling.seed)
+    generate: Callable[..., Tensor] = model.generate  # pyright: ignore[reportAttributeAccessIssue] (its protocol)
+    output = generate(
+        input_ids,
+        attention_mask=mask,
+        generation_config=config,
+        past_key_values=cache,
+        stopping_criteria=criteria,
+        streamer=None if write is None else TextStreamer(tokenizer, write, sampling.stop),
+    )
+    completions = [_completion(tokenizer, ids, sampling, ends) for ids in output[:, length:].tolist()]
+    return [completions[i : i + rows] for i in range(0, len(completions), rows)]
+
+
+def _completion(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], sampling: Sampling, ends: Sequence[int]
+) -> Completion:
+    end = next((i for i, token in enumerate(ids) if token in ends), None)
+    ids = ids[:end]
+    reader = StopText(tokenizer, sampling.stop)
+    text = reader.push(ids, final=True)
+    if reader.stopped:
+        reason = "stop"
+    elif end is not None:
+        reason = "end"
+    else:
+        reason = "length" if len(ids) >= sampling.max_new_tokens else "interrupted"
+    return Completion(ids, text, reason)
+
+
+def save_state(
+    path: str | os.PathLike[str], model: ResonanceForCausalLM, cache: ResonanceCache, ids: Sequence[int]
+) -> None:
+    """Write the state of a prompt, its token ids, and which model read it."""
+    if cache.get_seq_length() == 0:
+        raise ValueError(f"state file {str(path)!r}: there is nothing to save; give a prompt")
+    cache.save(path, input_ids=torch.tensor(ids), model=fingerprint(model))
+
+
+def load_state(path: str | os.PathLike[str], model: ResonanceForCausalLM) -> tuple[ResonanceCache, list[int]]:
+    """The cache and the token ids that :func:`save_state` wrote; ValueError if another model read them."""
+    cache, extra = ResonanceCache.load(path, device=model.device)
+    if "input_ids" not in extra or "model" not in extra:
+        raise ValueError(f"state file {str(path)!r}: holds no prompt; write it with --save-state")
+    if not torch.equal(extra["model"].cpu(), fingerprint(model)):
+        raise ValueError(f"state file {str(path)!r}: was saved by another model; read the prompt again with this one")
+    return cache, extra["input_ids"].tolist()
+
+
+@torch.no_grad()
+def fingerprint(model: ResonanceForCausalLM) -> Tensor:
+    """32 bytes that tell models apart: a hash of the configuration and of a sample of every weight.
+
+    In bfloat16, so that a model loaded in another precision is still the same one.
+    """
+    config = model.config
+    digest = hashlib.sha256(repr((config.layer_mixers, config.num_heads, config.num_modes, config.filters)).encode())
+    for name, weight in model.named_parameters():
+        flat = weight.detach().flatten()
+        sample = flat[:: max(1, flat.numel() // 1024)].to(torch.bfloat16).view(torch.int16).cpu()
+        digest.update(f"{name} {tuple(weight.shape)}".encode() + sample.numpy().tobytes())
+    return torch.frombuffer(bytearray(digest.digest()), dtype=torch.uint8)
+
+
+class Chat:
+    """A conversation whose state is kept between turns: each turn feeds its new tokens only.
+
+    ``ids`` is the conversation as the tokenizer's chat template writes it; ``cache`` is the state after all of them
+    but the last one or two.
+    """
+
+    def __init__(self, model: ResonanceForCausalLM, tokenizer: PreTrainedTokenizerBase, system: str = "") -> None:
+        roles = {role: special_token_id(tokenizer, f"<|{role}|>") for role in ("system", "user", "assistant", "end")}
+        self._role = {role: i for role, i in roles.items() if i is not None}
+        if missing := [f"<|{role}|>" for role in roles if role not in self._role]:
+            raise ValueError(f"the model's tokenizer has no {', '.join(missing)}, so it cannot chat; use generate")
+        self.model, self.tokenizer, self._system = model, tokenizer, system
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget the conversation, but for the system prompt."""
+        self.ids = [document_token_id(self.tokenizer)]
+        self.cache = ResonanceCache(self.model.config.num_hidden_layers)
+        if self._system:
+            self._say("system", self._system)
+
+    def reply(
+        self,
+        text: str,
+        sampling: Sampling,
+        *,
+        write: Callable[[str], None] | None = None,
+        interrupted: Callable[[], bool] = lambda: False,
+    ) -> Completion:
+        """The assistant's answer to ``text``; ``sampling`` is for one sequence without beams."""
+        self._say("user", text)
+        self.ids.append(self._role["assistant"])
+        ((completion,),) = complete(
+            self.model, self.tokenizer, [self.ids], sampling, cache=self.cache, write=write, interrupted=interrupted
+        )
+        self.ids += [*completion.ids, self._role["end"]]
+        return completion
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        save_state(path, self.model, self.cache, self.ids)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        self.cache, self.ids = load_state(path, self.model)
+
+    def _say(self, role: str, text: str) -> None:
+        content = encode_bytes(self.tokenizer, text.encode("utf-8", errors="surrogateescape"))
+        self.ids += [self._role[role], *content, self._role["end"]]
