@@ -12,7 +12,12 @@ from pathlib import Path
 
 from resonance_nn.allocator import keep_freed_memory
 
-PROMPT = 'class Stack:\n    """A last-in, first-out collection."""\n\n    def __init__(self, items=None):'
+PROMPT = """class Stack:
+    def __init__(self, items):
+        self.items = items
+
+    def __len__(self):
+        return"""
 
 
 def main() -> int:
@@ -25,7 +30,7 @@ def main() -> int:
     keep_freed_memory()
 
     from rich.console import Console
-    from rich.syntax import Syntax
+    from rich.text import Text
 
     from resonance_nn.data import find_documents, split_documents
     from resonance_nn.evaluation import evaluate_documents
@@ -36,7 +41,7 @@ def main() -> int:
 
     console, folder = Console(), options.output_dir
     console.print("[bold]1. Train[/] a language model without attention on Python's standard library")
-    unfinished = (folder / "run.json").exists() and not (folder / "train.json").exists()
+    unfinished = (folder / "data" / "run.json").exists() and not (folder / "train.json").exists()
     arguments = TrainArguments(
         data=["stdlib"],
         output_dir=folder,
@@ -52,7 +57,7 @@ def main() -> int:
     try:
         trained = train(arguments)["summary"]
     except TrainingInterrupted as stopped:
-        console.print(f"{stopped}. `make demo` goes on from there.")
+        console.print(f"{stopped}. `make demo` goes on from there.", soft_wrap=True)
         return 130
 
     console.print("\n[bold]2. Evaluate[/] on files it has not seen, the state carried through each file")
@@ -63,22 +68,13 @@ def main() -> int:
         f"   {measured['documents']} files, {measured['bytes'] / 1e6:.2f} MB: "
         f"[bold]{measured['bits_per_byte']:.3f} bits per byte[/], lzma -9e {measured['lzma_bits_per_byte']:.3f}"
     )
-    console.print(f"   {verdict(measured)}")
+    console.print(f"   {verdict(measured)}", soft_wrap=True)
 
-    console.print("\n[bold]3. Generate[/] greedily from a prompt (the first four lines)")
+    console.print("\n[bold]3. Generate[/]: the prompt is plain, what the model adds is highlighted\n")
     ids = encode_prompt(tokenizer, PROMPT.encode())
-    completion = complete(model, tokenizer, [ids], Sampling(max_new_tokens=96, greedy=True))[0][0]
-    lines = PROMPT.count("\n") + 1
-    console.print(
-        Syntax(
-            PROMPT + completion.text,
-            "python",
-            theme="ansi_dark",
-            line_numbers=True,
-            highlight_lines=set(range(lines + 1, 200)),
-            background_color="default",
-        )
-    )
+    sampling = Sampling(max_new_tokens=80, temperature=0.5, top_p=0.9, seed=options.seed)
+    completion = complete(model, tokenizer, [ids], sampling)[0][0]
+    console.print(Text.assemble(PROMPT, (completion.text, "bold black on bright_green")), soft_wrap=True)
 
     summary = {
         "seconds": time.perf_counter() - begin,
@@ -96,6 +92,7 @@ def main() -> int:
         f"  .venv/bin/resonance train --data stdlib --output-dir runs/longer --epochs 6      # beats lzma\n"
         f"  .venv/bin/resonance train --data YOUR/FILES --init {folder} --output-dir runs/mine --epochs 1",
         highlight=False,
+        soft_wrap=True,
     )
     return 0
 

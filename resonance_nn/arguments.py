@@ -10,7 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from resonance_nn.config import ResonanceConfig
+from resonance_nn.data import SPECIAL_TOKENS
 
+SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
+SET_BY_THE_RUN = ("bos_token_id", "eos_token_id", "pad_token_id", "format_version", "use_cache")
 LOGGERS = ("none", "tensorboard", "trackio", "wandb")
 # What may differ between a run and its resumption. Data is compared by what is in it.
 FREE = ("data", "eval_data", "output_dir", "resume", "overwrite", "keep", "save_every", "log_to", "progress")
@@ -75,6 +78,16 @@ class TrainArguments:
 
         if not self.data or isinstance(self.data, str):
             refuse("data", "one or more files, folders, globs, stdlib or hub:org/name")
+        for name in ("output_dir", "init", "tokenizer"):
+            if getattr(self, name) is not None and not str(getattr(self, name)):
+                refuse(name, "a name, not an empty one")
+        if self.init is not None and os.path.realpath(self.init) == os.path.realpath(self.output_dir):
+            raise ValueError(f"init and output_dir are both {self.init!r}: write to another folder")
+        if self.vocab_size is not None and self.vocab_size < SMALLEST_VOCABULARY:
+            refuse("vocab_size", f"≥ {SMALLEST_VOCABULARY}, the 256 bytes and the special tokens; 8192 is usual")
+        for name in self.config:
+            if name not in ResonanceConfig.__annotations__ or name in SET_BY_THE_RUN:
+                raise ValueError(f"config: {name!r} is not a field that can be set; see --help and ResonanceConfig")
         for name, minimum in (("seq_len", 2), ("batch_size", 1), ("accumulate", 1), ("keep", 1)):
             if getattr(self, name) < minimum:
                 refuse(name, f"≥ {minimum}")
@@ -84,6 +97,9 @@ class TrainArguments:
         for name in ("lr", "epochs"):
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 refuse(name, "> 0 and finite")
+        for name, most in (("steps", 10**9), ("epochs", 10**6), ("tokens", 10**15)):
+            if (getattr(self, name) or 0) > most:
+                refuse(name, f"≤ {most:,}")
         for name in ("warmup", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 refuse(name, "≥ 0 and finite")
@@ -94,7 +110,7 @@ class TrainArguments:
             raise ValueError(f"{' and '.join(budgets)}: the budget is only one of steps, epochs and tokens")
         if self.resume and self.overwrite:
             raise ValueError("resume and overwrite: one goes on with a run, the other starts anew; give one")
-        if self.tokenizer and self.vocab_size:
+        if self.tokenizer is not None and self.vocab_size is not None:
             raise ValueError("tokenizer and vocab_size: a given tokenizer has its size; leave vocab_size out")
         if self.init:
             given = [n for n in ("size", "mixers", "vocab_size", "tokenizer", "config") if getattr(self, n)]
@@ -115,7 +131,7 @@ class TrainArguments:
             raise ValueError(f"config: {twice[0]} has an argument of its own; use that")
         given = {name: value for name, value in given.items() if value is not None}
         return ResonanceConfig.from_size(
-            self.size or "tiny", vocab_size=self.vocab_size or 8192, **given, **self.config
+            self.size or "tiny", vocab_size=8192 if self.vocab_size is None else self.vocab_size, **given, **self.config
         )
 
     def training_fields(self) -> dict[str, float | None]:

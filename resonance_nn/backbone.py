@@ -9,14 +9,13 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from resonance_nn.layers import RMSNorm, SwiGLU
 from resonance_nn.mixers import MIXERS
-from resonance_nn.mixers.base import RightPadding, State
+from resonance_nn.mixers.base import RightPadding, State, leading_reset
 
 if TYPE_CHECKING:
     from resonance_nn.config import ResonanceConfig
@@ -77,16 +76,16 @@ class Backbone(nn.Module):
         Returns:
             The normed hidden states (B, L, D), the states, and the residual streams asked for.
         """
-        padding = None if mask is None else RightPadding(mask)
-        length = None
+        padding, length = RightPadding.of(mask), None
         if padding is not None:
             x, reset, length = padding.apply(x), padding.apply_reset(reset), padding.length
+        reset, states = leading_reset(reset, [None] * len(self.blocks) if states is None else list(states))
         new_states: list[State | None] = []
         hidden: list[Tensor] = []
         for i, block in enumerate(self.blocks):
             if return_hidden:
                 hidden.append(x)
-            state = None if states is None else states[i]
+            state = states[i]
             assert isinstance(block, Block)
             run: Callable[..., Any] = block
             if block.gradient_checkpointing and self.training:
@@ -98,18 +97,3 @@ class Backbone(nn.Module):
             x = padding.undo(x)
             hidden = [padding.undo(h) for h in hidden]
         return x, new_states, hidden
-
-
-def default_mask(mask: Tensor | None, length: int) -> Tensor | None:
-    """The last ``length`` columns of an attention mask, or None where all of them are real (then no row needs
-    reordering). While tracing for export or compilation the mask is kept."""
-    if mask is None:
-        return None
-    if mask.dim() != 2 or mask.shape[1] < length:
-        raise ValueError(
-            f"attention_mask of shape {tuple(mask.shape)}: must be (B, L) with L ≥ {length}, the tokens of this call"
-        )
-    mask = mask[:, mask.shape[1] - length :].bool()
-    if not torch.compiler.is_compiling() and bool(mask.all()):
-        return None
-    return mask

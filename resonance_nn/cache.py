@@ -69,10 +69,13 @@ class StateLayer(CacheLayerMixin):
         self._map(lambda t: t[indices])
 
     def offload(self) -> None:
-        self._map(lambda t: t.to("cpu", non_blocking=True))
+        if self.state:
+            self.device = next(iter(self.state.values())).device
+            self._map(lambda t: t.to("cpu", non_blocking=True))
 
-    def prefetch(self) -> None:  # states are moved by the mixers' own arithmetic; nothing is split off
-        return
+    def prefetch(self) -> None:
+        if self.state and hasattr(self, "device"):
+            self._map(lambda t: t.to(self.device, non_blocking=True))
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:
         raise NotImplementedError("a state is set whole, by StateLayer.set")
@@ -99,6 +102,20 @@ class ResonanceCache(Cache):
             assert state is not None
             layer.set(state, num_new_tokens)
 
+    def check(self, state_names: list[tuple[str, ...]]) -> None:
+        """Refuse, by ValueError, to go on with another model's states. ``state_names``: of each block's mixer."""
+        if len(self.layers) != len(state_names):
+            raise ValueError(
+                f"past_key_values holds {len(self.layers)} states, this model has {len(state_names)} blocks: "
+                "use the cache with the model that made it"
+            )
+        for i, (state, names) in enumerate(zip(self.states, state_names, strict=True)):
+            if state is not None and set(state) != set(names):
+                raise ValueError(
+                    f"past_key_values: the state of block {i} has {', '.join(sorted(state))}, its mixer needs "
+                    f"{', '.join(sorted(names))}: use the cache with the model that made it"
+                )
+
     def num_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for s in self.states if s is not None for t in s.values())
 
@@ -111,8 +128,11 @@ class ResonanceCache(Cache):
         }
         tensors |= {f"extra.{name}": t.contiguous().cpu() for name, t in extra.items()}
         metadata = {"format": FORMAT, "num_layers": str(len(self.layers)), "num_tokens": str(self.get_seq_length())}
-        with atomic_path(path) as temporary:
-            save_file(tensors, temporary, metadata=metadata)
+        try:
+            with atomic_path(path) as temporary:
+                save_file(tensors, temporary, metadata=metadata)
+        except SafetensorError as error:  # a full disk, a missing folder
+            raise OSError(f"cannot write the state file {str(path)!r} ({error})") from error
 
     @classmethod
     def load(
@@ -133,11 +153,10 @@ class ResonanceCache(Cache):
             raise ValueError(f"state file {str(path)!r}: cannot be read as safetensors ({error})") from None
         if metadata.get("format") != FORMAT:
             raise ValueError(f"state file {str(path)!r}: not a saved prompt state (format {metadata.get('format')!r})")
-        cache = cls(int(metadata["num_layers"]))
+        cache = cls(int(metadata.get("num_layers", 0)))
         for i, layer in enumerate(cache.layers):
             prefix = f"layers.{i}."
-            layer.set(
-                {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)},
-                int(metadata["num_tokens"]),
-            )
+            state = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+            if state:
+                layer.set(state, int(metadata["num_tokens"]))
         return cache, {n.removeprefix("extra."): t for n, t in tensors.items() if n.startswith("extra.")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, get_args
 
 from transformers import PreTrainedConfig
@@ -81,8 +82,13 @@ class ResonanceConfig(PreTrainedConfig):
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
-        if "num_attention_heads" in kwargs and self.num_heads is DERIVED:
-            self.num_heads = kwargs.pop("num_attention_heads")
+        alias = kwargs.pop("num_attention_heads", DERIVED)
+        if self.num_heads is DERIVED:
+            self.num_heads = alias
+        elif alias not in (DERIVED, self.num_heads):
+            raise ValueError(f"num_heads = {self.num_heads!r} and num_attention_heads = {alias!r}: one field; give one")
+        if not isinstance(self.mixers, str | tuple | list):
+            raise ValueError(f"mixers = {self.mixers!r}: must be names, such as ('spectral_gate',)")
         self.mixers = (self.mixers,) if isinstance(self.mixers, str) else tuple(self.mixers)
         if self.num_heads is DERIVED:
             self.num_heads = _default_heads(self.hidden_size)
@@ -102,6 +108,15 @@ class ResonanceConfig(PreTrainedConfig):
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: no such field of ResonanceConfig")
         return cls(**{**SIZES[name], **overrides})
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Overrides of fields go through the constructor, so that they are checked and derived from like others."""
+        own = set(cls.__dataclass_fields__) | set(cls.attribute_map)
+        overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
+        if overrides.keys() & {"num_heads", "num_attention_heads"}:
+            config_dict = {k: v for k, v in config_dict.items() if k not in ("num_heads", "num_attention_heads")}
+        return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @property
     def layer_mixers(self) -> tuple[str, ...]:
@@ -123,12 +138,10 @@ class ResonanceConfig(PreTrainedConfig):
             ("initial_context", 2),
         ):
             value = getattr(self, field)
-            check(isinstance(value, int) and value >= minimum, field, f"an integer ≥ {minimum}")
+            check(type(value) is int and value >= minimum, field, f"an integer ≥ {minimum}")
         for field in ("intermediate_size", "num_modes"):
             value = getattr(self, field)
-            check(
-                value is DERIVED or (isinstance(value, int) and value >= 1), field, "an integer ≥ 1, or None to derive"
-            )
+            check(value is DERIVED or (type(value) is int and value >= 1), field, "an integer ≥ 1, or None to derive")
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads < 8:
             fits = [h for h in range(1, self.hidden_size // 8 + 1) if self.hidden_size % h == 0]
             raise ValueError(
@@ -140,11 +153,19 @@ class ResonanceConfig(PreTrainedConfig):
             if name not in MIXERS:
                 raise ValueError(f"mixers = {self.mixers!r}: {name!r} is unknown; choose from {', '.join(MIXERS)}")
         check(self.filters in get_args(Filters), "filters", " or ".join(map(repr, get_args(Filters))))
-        for field in ("dropout", "label_smoothing"):
-            check(0 <= getattr(self, field) < 1, field, "in [0, 1)")
-        check(self.z_loss_weight >= 0, "z_loss_weight", "≥ 0")
-        for field in ("norm_eps", "initializer_range", "rope_theta"):
-            check(getattr(self, field) > 0, field, "> 0")
+        for field, low, high, allowed in (
+            ("dropout", 0, 1, "in [0, 1)"),
+            ("label_smoothing", 0, 1, "in [0, 1)"),
+            ("z_loss_weight", 0, math.inf, "≥ 0"),
+            ("norm_eps", 1e-30, 1, "in (0, 1)"),
+            ("initializer_range", 1e-30, math.inf, "> 0"),
+            ("rope_theta", 1e-30, math.inf, "> 0"),
+        ):
+            value = getattr(self, field)
+            check(isinstance(value, int | float) and low <= value < high, field, allowed)
+        for field in ("tie_word_embeddings", "use_cache"):
+            check(isinstance(getattr(self, field), bool), field, "True or False")
+        check(isinstance(self.format_version, int), "format_version", "an integer")
         if self.format_version > FORMAT_VERSION:
             raise ValueError(
                 f"format_version = {self.format_version}: this release of resonance-nn reads up to {FORMAT_VERSION}; "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -217,18 +217,19 @@ def autocast(precision: str, device: str) -> AbstractContextManager[Any]:
 
 
 def report(suite: str, device: str, rows: list[dict[str, Any]], summary: dict[str, Any]) -> dict[str, Any]:
-    """The JSON that a command writes: what was run where, with what, and what came out. Not-finite numbers are None."""
-
-    def finite(value: Any) -> Any:
-        return None if isinstance(value, float) and not math.isfinite(value) else value
-
+    """The JSON that a command writes: what was run where, with what, and what came out."""
     return {
         "suite": suite,
         "machine": machine_info(device),
         "versions": versions(),
-        "rows": [{key: finite(value) for key, value in row.items()} for row in rows],
-        "summary": {key: finite(value) for key, value in summary.items()},
+        "rows": [finite(row) for row in rows],
+        "summary": finite(summary),
     }
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with None for numbers that are not finite, which JSON does not know."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
 
 
 def row(case: str, metric: str, ours: float | None, peer: float | None = None, peer_name: str = "") -> dict[str, Any]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,12 @@ class Sampling:
         """Raise ValueError naming the setting, its value and what is allowed."""
         for name, valid, allowed in (
             ("max_new_tokens", self.max_new_tokens >= 0, "≥ 0"),
-            ("temperature", self.temperature is None or self.temperature > 0, "> 0; greedy decoding is temperature 0"),
+            (
+                "temperature",
+                self.temperature is None or 1e-4 < self.temperature < math.inf,
+                "> 0.0001; greedy decoding is temperature 0",
+            ),
+            ("seed", self.seed is None or 0 <= self.seed < 1 << 63, "from 0 to 2^63 - 1"),
             ("top_k", self.top_k is None or self.top_k >= 1, "≥ 1"),
             ("top_p", self.top_p is None or 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", self.min_p is None or 0 <= self.min_p < 1, "in [0, 1)"),
@@ -262,14 +268,19 @@ def complete(
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     generate: Callable[..., Tensor] = model.generate  # pyright: ignore[reportAttributeAccessIssue] (its protocol)
-    output = generate(
-        input_ids,
-        attention_mask=mask,
-        generation_config=config,
-        past_key_values=cache,
-        stopping_criteria=criteria,
-        streamer=None if write is None else TextStreamer(tokenizer, write, sampling.stop),
-    )
+    try:
+        output = generate(
+            input_ids,
+            attention_mask=mask,
+            generation_config=config,
+            past_key_values=cache,
+            stopping_criteria=criteria,
+            streamer=None if write is None else TextStreamer(tokenizer, write, sampling.stop),
+        )
+    except RuntimeError as error:
+        if "probability tensor" not in str(error):
+            raise
+        raise ValueError("the model's logits are not finite: its training diverged; train it anew") from error
     completions = [_completion(tokenizer, ids, sampling, ends) for ids in output[:, length:].tolist()]
     return [completions[i : i + rows] for i in range(0, len(completions), rows)]
 

@@ -66,7 +66,7 @@ class ShortConv(nn.Module):
         for j in range(1, W):
             y = y + self._same_document(window[:, W - 1 - j : W - 1 - j + L], reset, j) * weight[j]
         if length is None:
-            new_tail = window[:, L:]
+            new_tail = window[:, L:].clone()  # a view would keep all of the window alive
             document_begins = None if reset is None else F.pad(reset, (W - 1, 0))[:, L:]
         else:
             index = length[:, None] + torch.arange(W - 1, device=x.device)  # (B, W − 1), into window

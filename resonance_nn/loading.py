@@ -85,6 +85,8 @@ def load_model(
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The byte-level tokenizer saved in ``folder``, without asking the network or running code of the checkpoint."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"tokenizer {str(folder)!r}: no such folder")
     if not (Path(folder) / "tokenizer.json").is_file():
         raise ValueError(f"model {str(folder)!r}: has no tokenizer.json; save its tokenizer beside it")
     try:

@@ -10,7 +10,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,9 @@ class RunFolder:
 
     def check(self, resume: bool, overwrite: bool, run: dict[str, Any]) -> None:
         """Refuse, by ValueError, a folder that cannot be used as asked, or a resumption with other settings."""
-        if self.path.exists() and not self.path.is_dir():
-            raise ValueError(f"output_dir = {str(self.path)!r}: is a file; name a folder")
+        for path in (self.path, *self.path.parents):
+            if path.exists() and not path.is_dir():
+                raise ValueError(f"output_dir = {str(self.path)!r}: {str(path)!r} is a file; name a folder")
         if (self.data / "run.json").is_file():
             if resume:
                 self._check_settings(run)
@@ -93,7 +94,7 @@ class RunFolder:
                 f"resume: {'; '.join(changed)}: give the arguments the run began with, or --overwrite to start anew"
             )
 
-    def check_data(self, documents: list[list[Document]]) -> None:
+    def check_data(self, documents: Sequence[list[Document]]) -> None:
         """Refuse, by DataError, to resume on other documents than the run began with."""
         tokenizer = load_tokenizer(self.data / "tokenizer")
         for name, part in zip(("train", "eval"), documents, strict=True):
@@ -136,7 +137,7 @@ class RunFolder:
         self.partial.mkdir()
         try:
             yield self.partial
-            for file in self.partial.iterdir():
+            for file in sorted(self.partial.iterdir(), key=lambda p: p.name == "config.json"):  # it makes it a model
                 os.replace(file, self.path / file.name)
             with atomic_path(self.path / "train.json") as temporary:
                 temporary.write_text(json.dumps(result, indent=2, allow_nan=False) + "\n", encoding="utf-8")

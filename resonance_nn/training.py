@@ -1,7 +1,7 @@
 """Training on ``transformers.Trainer``: arguments -> data -> model -> checkpoints -> a finished model.
 
-output_dir/  run.json        the arguments and data that a resumed run must share
-             data/           the tokenizer and the encoded corpus (tokenizer/, train/, eval/)
+output_dir/  data/           the tokenizer, the encoded corpus (tokenizer/, train/, eval/), and run.json: the arguments
+                             and data that a resumed run must share
              checkpoint-N/   whole checkpoints; one being written is in .partial/ until it is renamed
              model, tokenizer, log.jsonl, loss.png and, last of all, train.json: a finished run
 """
@@ -12,8 +12,9 @@ import json
 import math
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -37,6 +38,7 @@ from resonance_nn.arguments import FREE, TrainArguments
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import (
     Document,
+    Documents,
     PackedDataset,
     TokenStore,
     document_token_id,
@@ -46,7 +48,7 @@ from resonance_nn.data import (
     tokenizer_vocab_size,
     train_tokenizer,
 )
-from resonance_nn.evaluation import report, resolve_device, resolve_precision, row
+from resonance_nn.evaluation import finite, report, resolve_device, resolve_precision, row
 from resonance_nn.loading import load_model, load_tokenizer
 from resonance_nn.models import ResonanceForCausalLM
 from resonance_nn.plots import plot_loss
@@ -136,7 +138,7 @@ def train(arguments: TrainArguments) -> dict[str, Any]:
         with saving, folder.finishing(result) as partial, _no_progress_bars():
             model.save_pretrained(partial)
             tokenizer.save_pretrained(partial)
-            log = "".join(json.dumps(entry) + "\n" for entry in trainer.state.log_history)
+            log = "".join(json.dumps(finite(entry), allow_nan=False) + "\n" for entry in trainer.state.log_history)
             (partial / "log.jsonl").write_text(log, encoding="utf-8")
             plot_loss(trainer.state.log_history, partial / "loss.png", folder.path.name)
     return result
@@ -219,7 +221,12 @@ def _new_model(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase) ->
     config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # type: ignore
     config.pad_token_id = tokenizer.pad_token_id  # type: ignore
     set_seed(arguments.seed)
-    return ResonanceForCausalLM(config)
+    try:
+        return ResonanceForCausalLM(config)
+    except (MemoryError, RuntimeError) as error:
+        raise ValueError(
+            f"the model does not fit into memory ({str(error).splitlines()[0]}); take a smaller one"
+        ) from error
 
 
 def _trainer_arguments(
@@ -293,18 +300,23 @@ def _run_settings(
     return {"settings": {**settings, "processes": trainer_arguments.world_size}}
 
 
-def _documents(arguments: TrainArguments) -> list[list[Document]]:
+def _documents(arguments: TrainArguments) -> Sequence[list[Document]]:
     """The documents to train on and those held out."""
-    found = find_documents(arguments.data, text_field=arguments.text_field, binary=arguments.binary)
-    if arguments.eval_data:
-        held_out = find_documents(arguments.eval_data, text_field=arguments.text_field, binary=arguments.binary)
-        return [found, held_out]
-    return list(split_documents(found))
+
+    def find(specs: Sequence[str]) -> Documents:
+        a = arguments
+        found = find_documents(specs, text_field=a.text_field, binary=a.binary, leave_out=a.output_dir)
+        if found.left_out and a.progress:
+            print(found.summary(), file=sys.stderr)
+        return found
+
+    found = find(arguments.data)
+    return [found, find(arguments.eval_data)] if arguments.eval_data else list(split_documents(found))
 
 
 def _write_data(
     arguments: TrainArguments,
-    documents: list[list[Document]],
+    documents: Sequence[list[Document]],
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
 ) -> dict[str, str]:

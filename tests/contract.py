@@ -68,6 +68,7 @@ def iid_loss(mixers: tuple[str, ...], steps: int = 150) -> tuple[float, float]:
 def assert_no_leak(mixers: tuple[str, ...]) -> None:
     loss, floor = iid_loss(mixers)
     assert loss >= floor - 0.02, f"loss {loss:.3f} on i.i.d. tokens, below ln V = {floor:.3f}: it reads its answers"
+    assert loss < floor + 0.3, f"loss {loss:.3f} on i.i.d. tokens, far above ln V = {floor:.3f}: it does not train"
 
 
 def pieces(x: Tensor, sizes: list[int]) -> list[Tensor]:

@@ -113,7 +113,7 @@ def test_version_and_bare_command(capsys):
         (["generate", "MODEL", "--promt", "x"], "No such option: --promt"),
         (["generate", "MODEL", "--top-k", "many"], "'--top-k'"),
         (["generate", "MODEL", "--prompt"], "requires an argument"),
-        (["generate", "MODEL", "--prompt", "x", "--temperature", "0"], "temperature = 0.0: must be > 0"),
+        (["generate", "MODEL", "--prompt", "x", "--temperature", "0"], "temperature = 0.0: must be > 0.0001"),
         (["generate", "MODEL", "--prompt", "x", "--greedy", "--top-k", "5"], "top_k = 5: has no effect on greedy"),
         (["generate", "MODEL", "--prompt", "x", "--stream", "--num-beams", "2"], "--stream is for one sequence"),
         (["generate", "MODEL", "--prompt", "x", "--prompt-file", "y"], "exclude each other"),

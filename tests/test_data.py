@@ -318,13 +318,13 @@ def test_store_holds_every_byte(folder, tokenizer, tmp_path):
     stream = []
     for i, name in enumerate(sorted(FILES)):
         ids = store.document(i)
-        assert ids[0] == 0
-        assert ids[1:].tolist() == encode_bytes(tokenizer, FILES[name])
+        assert (ids[0], ids[-1]) == (0, 0)
+        assert ids[1:-1].tolist() == encode_bytes(tokenizer, FILES[name])
         assert decode_bytes(tokenizer, ids) == FILES[name]
         stream += ids.tolist()
     assert store.tokens.tolist() == stream
     assert store.num_tokens == len(stream)
-    assert stream.count(0) == len(FILES)  # the literal <|endoftext|> is text
+    assert stream.count(0) == 2 * len(FILES)  # the literal <|endoftext|> is text
     with pytest.raises(IndexError):
         store.document(len(FILES))
     assert {p.name for p in (tmp_path / "out" / "train").iterdir()} == {"tokens.bin", "documents.npy", "meta.json"}
@@ -476,8 +476,8 @@ def test_windows_and_resets_against_a_naive_construction(tokenizer, tmp_path):
     stream, starts = [], []
     for document in docs:
         ids = encode_bytes(tokenizer, document.read())
-        stream += [0, *ids]
-        starts += [True] + [False] * len(ids)
+        stream += [0, *ids, 0]
+        starts += [True] + [False] * (len(ids) + 1)
     for seq_len in (2, 3, 7, 64, len(stream)):
         dataset = PackedDataset(store, seq_len)
         assert len(dataset) == len(stream) // seq_len

@@ -150,7 +150,7 @@ def test_the_users_own_trainer(checkpoint: Path, tmp_path: Path):
     arguments = TrainingArguments(
         output_dir=str(tmp_path),
         max_steps=4,
-        per_device_train_batch_size=2,
+        per_device_train_batch_size=8,
         gradient_accumulation_steps=2,
         activation_checkpointing=True,
         bf16=True,
@@ -161,8 +161,22 @@ def test_the_users_own_trainer(checkpoint: Path, tmp_path: Path):
         logging_steps=1,
         dataloader_pin_memory=False,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows)  # pyright: ignore[reportArgumentType]
-    trainer.train()
-    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    expected = sum(model(r["input_ids"][None], labels=r["labels"][None]).loss.item() for r in rows) / len(rows)
-    assert losses[0] == pytest.approx(expected, abs=1.5)
+    logits = [model(r["input_ids"][None]).logits[0, :-1] for r in rows]
+    before = {
+        smoothing: sum(
+            F.cross_entropy(x, r["labels"][1:], label_smoothing=smoothing).item()
+            for x, r in zip(logits, rows, strict=True)
+        )
+        / len(rows)
+        for smoothing in (0.0, 0.3)
+    }
+    for smoothing, expected in before.items():
+        arguments.label_smoothing_factor = smoothing
+        trainer = Trainer(
+            model=AutoModelForCausalLM.from_pretrained(checkpoint),
+            args=arguments,
+            train_dataset=rows,  # pyright: ignore[reportArgumentType]
+        )
+        trainer.train()
+        first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+        assert first == pytest.approx(expected, abs=0.02)

@@ -72,6 +72,10 @@ def test_fft_length(n: int):
     assert fft_length(n) % 2 == 0 or fft_length(n) in (1, 3)
 
 
+def test_fft_length_takes_three_halves():
+    assert (fft_length(1025), fft_length(1536), fft_length(1537)) == (1536, 1536, 2048)
+
+
 # --- resonators
 
 B, Fn, N, R = 2, 3, 4, 5
@@ -242,6 +246,14 @@ def test_cross_entropy_never_holds_all_logits():
     with Watch():
         linear_cross_entropy(x, w, torch.randint(0, V, (M,)))[0].backward()
     assert largest <= M * V // 4
+
+
+def test_cross_entropy_refuses_second_derivatives():
+    x, w = torch.randn(3, 4, requires_grad=True), torch.randn(5, 4)
+    loss = linear_cross_entropy(x, w, torch.tensor([0, 1, 2]))[0].square()
+    (g,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
 
 
 def test_cross_entropy_arguments():

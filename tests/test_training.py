@@ -252,7 +252,14 @@ def test_full_disk_leaves_the_last_whole_checkpoint(arguments, monkeypatch):
         ({"config": {"vocab_size": 1}}, "vocab_size has an argument of its own"),
         ({"config": {"conv_size": "wide"}}, "conv_size"),
         ({"size": "huge"}, "size = 'huge'"),
-        ({"vocab_size": 100}, "vocab_size=100"),
+        ({"vocab_size": 100}, "vocab_size = 100"),
+        ({"vocab_size": 0}, "vocab_size = 0"),
+        ({"data": [""]}, "is empty"),
+        ({"init": "", "vocab_size": None, "config": {}}, "init = '': must be a name"),
+        ({"steps": None, "epochs": 1e300}, "epochs = 1e.300: must be ≤ 1,000,000"),
+        ({"z_loss": float("inf")}, "z_loss_weight = inf"),
+        ({"config": {"conv_size": True}}, "conv_size = True: must be an integer"),
+        ({"config": {"model_type": "llama"}}, "'model_type' is not a field that can be set"),
         ({"data": ["missing.txt"]}, "missing.txt does not exist"),
         ({"seq_len": 1}, "seq_len = 1"),
         ({"seq_len": 100_000}, "fewer than one window"),
@@ -270,6 +277,26 @@ def test_wrong_input_writes_nothing(arguments, tmp_path, change, message):
     with pytest.raises(ValueError, match=message):
         train(replace(arguments, output_dir=tmp_path / "deep" / "run", **change))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_output_folders_that_cannot_be(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match="output_dir = '': must be a name"):
+        train(replace(arguments, output_dir=""))
+    with pytest.raises(ValueError, match="'file' is a file"):
+        train(replace(arguments, output_dir="file/below"))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_run_in_the_folder_of_its_data_does_not_read_itself(arguments, tmp_path):
+    folder = tmp_path / "all"
+    folder.mkdir()
+    for k in range(4):
+        (folder / f"{k}.txt").write_text("\n".join(f"line {n} of file {k}" for n in range(400)))
+    own = replace(arguments, data=[str(folder)], output_dir=folder / "run", steps=2, save_every=1, eval_every=1)
+    train(own)
+    train(replace(own, resume=True))
 
 
 def test_folders_of_others_are_left_alone(arguments):

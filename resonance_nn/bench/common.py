@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.table import Table
 
+from resonance_nn.files import atomic_path
 from resonance_nn.machine import machine_info, versions
 
 Row = dict[str, Any]
@@ -86,4 +87,5 @@ def plot(payload: Mapping[str, Any], path: str | Path, x: str) -> None:
     axes.set_title(payload["machine"]["cpu"], fontsize="small")
     axes.grid(alpha=0.3, which="both")
     axes.legend()
-    figure.savefig(path, dpi=150)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)

@@ -80,7 +80,7 @@ def speed(
     out = console_for(json_path)
     out.print(common.table(payload, f"{machine['cpu']}, {machine['threads']} threads, {dtype}"))
     out.print(f"parameters: ours {sizes['ours']:,}, {PEER} {sizes['peer']:,}; ratio > 1: ours is faster")
-    if plot is not None:
-        common.plot(payload, plot, "length")
     if json_path is not None:
         write_json(json_path, payload)
+    if plot is not None:
+        common.plot(payload, plot, "length")

@@ -43,7 +43,7 @@ def evaluate(
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
     lm, tokenizer = load_model(model, dtype=torch.float32, device=device)
-    documents = find_documents(data, text_field=text_field, binary=binary)
+    documents = find_documents(data, text_field=text_field, binary=binary, leave_out=model)
     if held_out:
         documents = split_documents(documents)[1]
     result = evaluate_documents(

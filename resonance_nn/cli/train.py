@@ -169,6 +169,8 @@ def train(
     where = shlex.quote(output_dir)
     out.print(f"The model is in {where}. Next:", soft_wrap=True, markup=False)
     sources = " ".join(f"--data {shlex.quote(spec)}" for spec in eval_data or data)
+    sources += f" --text-field {shlex.quote(text_field)}" if text_field != "text" else ""
+    sources += " --binary" if binary else ""
     out.print(f"  resonance eval {where} {sources}{'' if eval_data else ' --held-out'}", soft_wrap=True, markup=False)
     out.print(f"  resonance generate {where} --prompt ...", soft_wrap=True, markup=False)
 

@@ -93,12 +93,19 @@ class Documents(list[Document]):
         return f"{text}; left out: {reasons}" if reasons else text
 
 
-def find_documents(specs: Sequence[str], *, text_field: str = "text", binary: bool = False) -> Documents:
+def find_documents(
+    specs: Sequence[str],
+    *,
+    text_field: str = "text",
+    binary: bool = False,
+    leave_out: str | os.PathLike[str] | None = None,
+) -> Documents:
     """The documents that `specs` name, in the order of `specs`, each sorted by path; the same file only once.
 
     A spec is a file, a folder (all of it, but for hidden entries and `__pycache__`), a glob (`**` too), `stdlib`, or
     `hub:org/name[:config][:split][[:rows]]`. A `.jsonl` file gives one document a line, its `text_field`. What is not
-    text is refused if named itself, and otherwise left out and counted in `.left_out`.
+    text is refused if named itself, and otherwise left out and counted in `.left_out`. The folder `leave_out`, such as
+    the run's own in the folder of its data, is passed over.
 
     Raises DataError, one line each, for anything that is missing, empty, unreadable or not text.
     """
@@ -106,6 +113,8 @@ def find_documents(specs: Sequence[str], *, text_field: str = "text", binary: bo
     seen: set[str] = set()
     for spec in specs:
         named = False  # is the file named itself?
+        if not spec:
+            raise DataError("--data '': is empty; name a file, a folder, a glob, stdlib or hub:org/name")
         if spec == "stdlib":
             paths = _walk(Path(sysconfig.get_paths()["stdlib"]), STDLIB_LEFT_OUT, found, suffix=".py")
         elif spec.startswith("hub:"):
@@ -123,6 +132,8 @@ def find_documents(specs: Sequence[str], *, text_field: str = "text", binary: bo
         before = len(found)
         for path in paths:
             real = os.path.realpath(path)
+            if leave_out is not None and real.startswith(os.path.join(os.path.realpath(leave_out), "")):
+                continue
             if real in seen:
                 found.left_out["duplicate"] += 1
                 continue

@@ -1,7 +1,10 @@
 """Documents -> a file of token ids -> windows to train on.
 
-documents --encode_bytes--> tokens.bin: [<|endoftext|>] text [<|endoftext|>] text ...   (memory-mapped)
+documents --encode_bytes--> tokens.bin: [<|endoftext|>] text [<|endoftext|>], one after the other   (memory-mapped)
 window i = tokens[i·L : (i+1)·L],  reset = True at each <|endoftext|> that begins a document
+
+The same token begins a document and ends it: from the one the text's first token is predicted, the other is predicted
+by its last. What begins the next document is no target: models leave out targets at a reset.
 """
 
 import hashlib
@@ -205,11 +208,14 @@ def _write(
         for ids in encode_pieces(tokenizer, pieces()):
             first, size = sources.popleft()
             if first:
+                if offsets:
+                    num_tokens += out.write(boundary) // dtype.itemsize
                 offsets.append(num_tokens)
                 num_tokens += out.write(boundary) // dtype.itemsize
             num_tokens += out.write(np.array(ids, dtype).tobytes()) // dtype.itemsize
             num_bytes += size
             bar.update(size)
+        num_tokens += out.write(boundary) // dtype.itemsize
     if not offsets:
         raise DataError("there is no text to encode")
     np.save(folder / "documents.npy", np.array([*offsets, num_tokens], np.int64))

@@ -25,6 +25,7 @@ class AttentionMixer(Mixer):
     """
 
     constant_state = False
+    state_names = ("key", "value", "length")
 
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)
@@ -68,7 +69,7 @@ class AttentionMixer(Mixer):
         if not return_state:
             return y, None
         if length is None and dense:
-            return y, {"key": k, "value": v, "length": past + L}
+            return y, {"key": k, "value": v.clone(), "length": past + L}  # v is a view
         return y, self._keep_last_document(k, v, S, past, begin, steps.new_full((B,), L) if length is None else length)
 
     def _rotary(self, x: Tensor, position: Tensor) -> Tensor:

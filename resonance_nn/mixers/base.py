@@ -25,8 +25,15 @@ class RightPadding:
         self.mask = mask.bool()
         self.length = self.mask.sum(1)  # (B)
         self.order = None
-        if bool((self.mask[:, 1:] > self.mask[:, :-1]).any()):
+        if torch.compiler.is_compiling() or bool((self.mask[:, 1:] > self.mask[:, :-1]).any()):
             self.order = (~self.mask).to(torch.uint8).argsort(dim=1, stable=True)  # real tokens first
+
+    @classmethod
+    def of(cls, mask: Tensor | None) -> RightPadding | None:
+        """None where every token is real. While tracing for export or compilation a mask is always honoured."""
+        if mask is None or (not torch.compiler.is_compiling() and bool(mask.all())):
+            return None
+        return cls(mask)
 
     def apply(self, x: Tensor) -> Tensor:
         """(B, L, ...) with real tokens moved to the left."""
@@ -48,10 +55,22 @@ class RightPadding:
         return order.view(*order.shape, *[1] * (x.dim() - 2)).expand_as(x)
 
 
+def leading_reset(reset: Tensor | None, states: list[State | None]) -> tuple[Tensor | None, list[State | None]]:
+    """Take care of resets where they are cheap: one at position 0 clears that row's state (zeros are a fresh state),
+    and without any further on the mixers need not know. While tracing, the mixers always see them."""
+    if reset is None or torch.compiler.is_compiling() or bool(reset[:, 1:].any()):
+        return reset, states
+    kept = ~reset[:, 0]
+    cleared = [s and {n: t * kept.view(-1, *[1] * (t.dim() - 1)).to(t.dtype) for n, t in s.items()} for s in states]
+    return None, cleared
+
+
 class Mixer(nn.Module):
     """Base class. A mixer implements :meth:`mix` for right-padded batches; everything else follows."""
 
     causal: ClassVar[bool] = True
+    state_names: ClassVar[tuple[str, ...]] = ()  # the keys of a state
+    float32_parameters: ClassVar[tuple[str, ...]] = ()  # kept in float32 when a model is loaded in half precision
     constant_state: ClassVar[bool] = True  # the state's size does not depend on the context
 
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
@@ -82,13 +101,16 @@ class Mixer(nn.Module):
         Returns:
             y (B, L, D), and the state, a flat dict of real tensors, batch first (None if not asked for).
         """
-        if mask is None:
+        padding = RightPadding.of(mask)
+        if padding is not None:
+            reset = padding.apply_reset(reset)
+        reset, (state,) = leading_reset(reset, [state])
+        if padding is None:
             return self.mix(x, reset=reset, state=state, return_state=return_state)
-        padding = RightPadding(mask)
         y, state = self.mix(
             padding.apply(x),
             length=padding.length,
-            reset=padding.apply_reset(reset),
+            reset=reset,
             state=state,
             return_state=return_state,
         )

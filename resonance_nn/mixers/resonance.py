@@ -29,6 +29,9 @@ class ResonanceMixer(Mixer):
     state, and the recurrence for one token. State: ``conv`` (B, W − 1, D), ``resonators`` (B, F, 2N, R).
     """
 
+    state_names = ("conv", "resonators")
+    float32_parameters = ("damping", "frequency", "gain", "phase")
+
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)
         D = config.hidden_size
@@ -79,7 +82,8 @@ class ResonanceMixer(Mixer):
             y, S = resonator_step(u[:, 0], modes, S)
             y = y[:, None]
         elif reset is not None:
-            y, S = resonator_chunked(u, modes, state=S, reset=reset, length=length)
+            chunk_size = 64 if u.shape[-1] >= 16 else 16  # a T×T matrix a filter and document: small for many filters
+            y, S = resonator_chunked(u, modes, state=S, reset=reset, length=length, chunk_size=chunk_size)
         else:
             y, S = resonator_fft(u, modes, state=S, length=length, return_state=return_state)
         y = self.out_proj(y.reshape(B, L, D) * F.silu(gate))

@@ -25,14 +25,17 @@ class SpectralGateMixer(Mixer):
         δ_t     = softplus(W_δ x + bias)        step, per head: scales damping and rotation
         Λ_t     = exp(δ_t (−a + iω_n))          a = softplus(·) one a head, ω_n learned per head
         S_t     = Λ_t ∘ S_{t−1} + δ_t b_t ⊗ v_t
-        y       = W_o( RMSNorm(Re(c_t^H S_t) + d ∘ v_t) ∘ silu(W_z x) )
+        y       = W_o( RMSNorm(Re(c_t^H S_t) + d ∘ v_t) ∘ silu(W_z x) )     a norm a head, one weight for all
 
     so b_t and c_t gate magnitude and phase of each frequency, and δ_t decides how far the oscillators turn: a token
     can rotate the state, which real, positive decays cannot. Angles add up over tokens, so δ is computed in float32 or
     wider under autocast too: in bfloat16 its rounding alone would blur the phase by 0.1 radians within a chunk.
 
-    State: ``conv`` (B, W − 1, H(P + 4N)), ``resonators`` (B, H, 2N, P), whatever the context.
+    State: ``conv`` (B, W − 1, H(P + 4N)), ``memory`` (B, H, 2N, P), whatever the context.
     """
+
+    state_names = ("conv", "memory")
+    float32_parameters = ("damping", "frequency", "step_bias", "step_proj")
 
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)
@@ -51,13 +54,14 @@ class SpectralGateMixer(Mixer):
         self._initialise()
 
     def initial_values(self) -> dict[str, Tensor]:
-        """δ = 1; time constants 1/a log-spaced over the heads from 4 to the longest context; ω log-spaced over the
-        modes from π down to one turn in twice the longest context."""
+        """δ = 1; time constants 1/a log-spaced over the heads from 4 tokens to the longest context;
+        ω_n = π/8 · context^(−n/N), one turn in 16 tokens and slower: faster ones hinder learning at first
+        (docs/experiments.md)."""
         H, N = self.num_heads, self.num_modes
         heads = torch.linspace(0, 1, H, dtype=torch.float64) if H > 1 else torch.tensor([0.5], dtype=torch.float64)
         shortest = min(4.0, self.longest)
         a = torch.exp(-(math.log(shortest) + heads * math.log(self.longest / shortest)))
-        omega = math.pi * torch.exp(-math.log(self.longest) * torch.arange(N, dtype=torch.float64) / N)
+        omega = math.pi / 8 * torch.exp(-math.log(self.longest) * torch.arange(N, dtype=torch.float64) / N)
         return {
             "damping": a.expm1().log(),  # softplus(damping) = a
             "frequency": omega.expand(H, N),
@@ -86,7 +90,7 @@ class SpectralGateMixer(Mixer):
         angle = delta[..., None] * self.frequency.to(wide)  # (B, L, H, N)
         b = F.normalize(b.to(wide), dim=-1, eps=1e-6) * delta[..., None]  # (B, L, H, K)
         c = F.normalize(c.to(wide), dim=-1, eps=1e-6)
-        S = state.get("resonators")
+        S = state.get("memory")
         if L == 1 and S is not None and reset is None and length is None:
             y, S = semiseparable_step(v[:, 0], b[:, 0], c[:, 0], log_decay[:, 0], angle[:, 0], S)
             y = y[:, None]
@@ -97,4 +101,4 @@ class SpectralGateMixer(Mixer):
             )
         y = self.norm(y + self.skip.to(y.dtype)[:, None] * v)  # (B, L, H, P)
         y = self.out_proj(y.reshape(B, L, D) * F.silu(z))
-        return y, {"conv": tail, "resonators": S} if return_state else None
+        return y, {"conv": tail, "memory": S} if return_state else None

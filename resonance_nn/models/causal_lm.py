@@ -11,12 +11,12 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from resonance_nn.backbone import Backbone, default_mask
+from resonance_nn.backbone import Backbone, Block
 from resonance_nn.cache import ResonanceCache
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.layers import RMSNorm, ShortConv
 from resonance_nn.mixers import MIXERS, Mixer
-from resonance_nn.ops.cross_entropy import linear_cross_entropy
+from resonance_nn.ops.cross_entropy import linear_cross_entropy, logits_cross_entropy
 
 
 @dataclass
@@ -47,7 +47,14 @@ class ResonancePreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _is_stateful = True
+    _keep_in_fp32_modules_strict = {name for mixer in MIXERS.values() for name in mixer.float32_parameters}  # noqa: RUF012
     _no_split_modules = ["Block"]  # noqa: RUF012
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As ``transformers``', from safetensors files only."""
+        kwargs.setdefault("use_safetensors", True)
+        return super().from_pretrained(*args, **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -113,10 +120,24 @@ class ResonanceModel(ResonancePreTrainedModel):
             raise ValueError(f"past_key_values of type {type(cache).__name__}: must be a ResonanceCache, or None")
         if output_hidden_states is None:
             output_hidden_states = bool(self.config.output_hidden_states)
-        L = x.shape[1]
+        B, L = x.shape[:2]
+        if attention_mask is not None:
+            if attention_mask.dim() != 2 or attention_mask.shape[0] != B or attention_mask.shape[1] < L:
+                raise ValueError(
+                    f"attention_mask of shape {tuple(attention_mask.shape)}: must be ({B}, L) with L ≥ {L}, the tokens "
+                    "of this call"
+                )
+            attention_mask = attention_mask[:, attention_mask.shape[1] - L :]
+        if reset is not None:
+            if reset.shape != (B, L):
+                raise ValueError(f"reset of shape {tuple(reset.shape)}: must be ({B}, {L}), one for each token")
+            reset = reset.bool()
+        if cache is not None:
+            blocks = [block for block in self.backbone.blocks if isinstance(block, Block)]
+            cache.check([block.mixer.state_names for block in blocks])
         x, states, hidden = self.backbone(
             x,
-            mask=default_mask(attention_mask, L),
+            mask=attention_mask,
             reset=reset,
             states=None if cache is None else cache.states,
             return_states=use_cache,
@@ -174,7 +195,8 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
         Args:
             input_ids: (B, L).
             attention_mask: (B, ≥ L), 0 at padding, on any side; the last L columns are this call's.
-            labels: (B, L), shifted inside; −100 is ignored.
+            labels: (B, L), shifted inside; −100 is ignored, and so is the first token of a document (``reset``), which
+                nothing in its document predicts.
             past_key_values: state to continue from, updated in place with ``use_cache``.
             use_cache: return the state. None means the config's value, and False when training or with labels.
             reset: (B, L) bool, True at a document's first token: nothing before it is seen.
@@ -204,10 +226,10 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
         hidden = out.last_hidden_state
         loss = aux_loss = logits = None
         if labels is not None:
-            loss, aux_loss = self._loss(hidden, labels, num_items_in_batch)
+            loss, aux_loss = self._loss(hidden, labels, reset, num_items_in_batch)
         if labels is None or return_logits or not isinstance(logits_to_keep, int) or logits_to_keep > 0:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(hidden if return_logits else hidden[:, keep])
+            logits = self.lm_head(hidden if return_logits and labels is not None else hidden[:, keep])
         result = ResonanceCausalLMOutput(
             loss=loss,
             logits=logits,
@@ -217,23 +239,39 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
         )
         return result if return_dict is None or return_dict else result.to_tuple()
 
-    def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None) -> tuple[Tensor, Tensor | None]:
-        config = self.config
-        targets = labels[:, 1:].flatten()
+    def _loss(
+        self, hidden: Tensor, labels: Tensor, reset: Tensor | None, num_items: Tensor | int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        config, head = self.config, self.get_output_embeddings()
+        if labels.shape != hidden.shape[:2]:
+            raise ValueError(f"labels of shape {tuple(labels.shape)}: must be {tuple(hidden.shape[:2])}, as input_ids")
+        targets = labels[:, 1:].to(hidden.device)
+        if reset is not None:
+            targets = targets.masked_fill(reset[:, 1:].bool(), -100)
+        targets, hidden = targets.flatten(), hidden[:, :-1].flatten(0, 1)
         regularised = self.training and (config.label_smoothing > 0 or config.z_loss_weight > 0)
-        objective, cross_entropy = linear_cross_entropy(
-            hidden[:, :-1].flatten(0, 1),
-            self.get_output_embeddings().weight,
-            targets.to(hidden.device),
-            label_smoothing=config.label_smoothing if regularised else 0.0,
-            z_loss_weight=config.z_loss_weight if regularised else 0.0,
-        )
+        smoothing, z_weight = (config.label_smoothing, config.z_loss_weight) if regularised else (0.0, 0.0)
+        if type(head) is nn.Linear and head.bias is None:
+            objective, cross_entropy = linear_cross_entropy(
+                hidden, head.weight, targets, label_smoothing=smoothing, z_loss_weight=z_weight
+            )
+        else:  # an adapter, a quantised head: what it computes counts
+            objective, cross_entropy = logits_cross_entropy(
+                head(hidden), targets, label_smoothing=smoothing, z_loss_weight=z_weight
+            )
         if num_items is None:
             num_items = (targets != -100).sum().clamp(min=1)
         if isinstance(num_items, Tensor):
             num_items = num_items.to(objective.device)
         loss = objective / num_items
         return loss, (loss - cross_entropy / num_items).detach() if regularised else None
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
+        mask = inputs.get("attention_mask")
+        if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
+            raise ValueError("attention_mask ends in padding: to generate, pad on the left (padding_side='left')")
+        return inputs
 
     def _prepare_cache_for_generation(  # type: ignore[override] (its annotation says bool, it returns nothing)
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any

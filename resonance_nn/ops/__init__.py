@@ -1,6 +1,6 @@
 """Pure functions on real tensors. Each fast form has its ``_reference`` beside it."""
 
-from resonance_nn.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from resonance_nn.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, logits_cross_entropy
 from resonance_nn.ops.fft_conv import causal_conv_reference, fft_conv
 from resonance_nn.ops.resonator import (
     Resonators,
@@ -24,6 +24,7 @@ __all__ = [
     "impulse_response",
     "linear_cross_entropy",
     "linear_cross_entropy_reference",
+    "logits_cross_entropy",
     "resonator_chunked",
     "resonator_fft",
     "resonator_reference",

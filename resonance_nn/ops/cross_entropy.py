@@ -7,9 +7,9 @@ with label smoothing ε and z-loss weight ζ. Tokens are taken a chunk at a time
 
     ∂/∂logit_mj = p_mj (1 + 2ζ lse_m) − (1 − ε) [j = y_m] − ε/V,
 
-is formed in the forward pass while they are at hand and turned into the gradients of x and W, so only (chunk, V)
-elements ever exist. Sources: Liger kernel (Hsu et al. 2024), cut cross-entropy (Wijmans et al. 2025), z-loss from
-PaLM (Chowdhery et al. 2022).
+is formed in the forward pass while they are at hand and turned into the gradients of x and W, so of the logits only
+(chunk, V) elements ever exist. Sources: Liger kernel (Hsu et al. 2024), cut cross-entropy (Wijmans et al. 2025), z-loss
+from PaLM (Chowdhery et al. 2022).
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from resonance_nn.ops.precision import wide_dtype
 
-CHUNK_ELEMENTS = 1 << 22  # logits alive at once: 16 MB in float32
+CHUNK_ELEMENTS = 1 << 22  # logits alive at once, 16 MB in float32; more where 64 tokens already have more
 
 
 def linear_cross_entropy_reference(
@@ -35,7 +36,25 @@ def linear_cross_entropy_reference(
     z_loss_weight: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The same from the full logits. Arguments as :func:`linear_cross_entropy`."""
-    logits = (hidden @ weight.T).to(wide_dtype(hidden))
+    return logits_cross_entropy(
+        hidden @ weight.T,
+        targets,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+        z_loss_weight=z_loss_weight,
+    )
+
+
+def logits_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss_weight: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Summed objective and summed plain cross-entropy of logits (M, V), for heads that are not one linear map."""
+    logits = logits.to(wide_dtype(logits))
     plain = F.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
     smoothed = F.cross_entropy(
         logits, targets, ignore_index=ignore_index, reduction="sum", label_smoothing=label_smoothing
@@ -63,7 +82,7 @@ def linear_cross_entropy(
         ignore_index: targets that count for nothing.
         label_smoothing: ε in [0, 1).
         z_loss_weight: ζ ≥ 0.
-        chunk_size: tokens at a time; None keeps (chunk, V) near 4 million elements.
+        chunk_size: tokens at a time; None keeps (chunk, V) near 4 million elements, with 64 tokens or more.
 
     Returns:
         Two float32 (or wider) scalars: the objective, differentiable once in hidden and weight, and Σ ℓ, detached.
@@ -139,6 +158,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return objective, plain
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad_objective: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         grad_hidden, grad_weight = ctx.saved_tensors
         scaled = [None if g is None else g * grad_objective.to(g.dtype) for g in (grad_hidden, grad_weight)]

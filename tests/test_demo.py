@@ -1,0 +1,37 @@
+"""`make demo`, shortened: it runs, goes on after Ctrl-C, and says what it measured."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.mark.slow
+def test_demo(tmp_path: Path):
+    command = [sys.executable, str(ROOT / "examples/demo.py"), "--output-dir", str(tmp_path / "demo")]
+    command += ["--tokens", "81920"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (tmp_path / "demo" / "data" / "run.json").exists():
+        assert process.poll() is None, process.communicate()[0]
+        time.sleep(0.2)
+    time.sleep(5)
+    process.send_signal(signal.SIGINT)
+    output = process.communicate(timeout=300)[0]
+    if process.returncode == 130:
+        assert "`make demo` goes on from there" in output
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert finished.returncode == 0, finished.stderr
+    assert "resuming after step" in finished.stderr
+    figures = json.loads((tmp_path / "demo" / "demo.json").read_text())
+    assert f"{figures['eval']['bits_per_byte']:.3f} bits per byte" in finished.stdout
+    assert f"{figures['eval']['lzma_bits_per_byte']:.3f}" in finished.stdout
+    assert figures["completion"].strip() in finished.stdout
+    assert (tmp_path / "demo" / "loss.png").stat().st_size > 10_000
