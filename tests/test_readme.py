@@ -30,6 +30,10 @@ def test_the_tree_names_what_is_there():
         assert path.exists(), name
 
 
+def test_nothing_is_left_to_fill_in():
+    assert not re.findall(r"\b[A-Z]+_[A-Z]+\b(?!`)|TODO|…", README)
+
+
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\(([^)#]+)\)", README):
         if "://" not in target:
