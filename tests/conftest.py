@@ -7,9 +7,14 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from pathlib import Path
+
 import pytest
 import torch
+from corpus import FILES, write
 from torch import Tensor
+
+from resonance_nn.data import train_tokenizer
 
 torch.set_num_threads(1)  # the tensors here are small: threads would only wait for each other
 
@@ -25,6 +30,18 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    """Of the corpus's 400 most useful tokens."""
+    return train_tokenizer(FILES.values(), 400, progress=False)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """The corpus as files."""
+    return write(tmp_path / "corpus", FILES)
 
 
 def relative(actual: Tensor, expected: Tensor) -> float:
