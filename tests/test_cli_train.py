@@ -185,18 +185,20 @@ def assert_whole(run):
 def test_kill_at_random_moments(text, tmp_path, seed):
     """kill -9 during start-up, data, training, saving and the last writing, until the run is through."""
     rng = random.Random(seed)
-    line = f"train --data {text} --steps 150 --save-every 2 --eval-every 50 --set dropout=0.1 {SMALL}".split()
-    run = RunFolder(tmp_path / "run")
-    for _ in range(12):
+    line = f"train --data {text} --steps 600 --save-every 2 --eval-every 50 --set dropout=0.1 {SMALL}".split()
+    run, kills = RunFolder(tmp_path / "run"), 0
+    for _ in range(8):
         process = start(*line, "--output-dir", run.path, *(["--resume"] if (run.data / "run.json").exists() else []))
         try:
-            process.communicate(timeout=rng.uniform(3, 12))
+            process.communicate(timeout=rng.uniform(2, 9))
         except subprocess.TimeoutExpired:
             process.kill()
             process.communicate()
+            kills += 1
         assert_whole(run)
         if run.is_finished():
             break
+    assert kills >= 3
     if not run.is_finished():
         extra = ["--resume"] if (run.data / "run.json").exists() else []
         assert main([*line, "--output-dir", str(run.path), *extra]) == 0
