@@ -218,8 +218,8 @@ def _initial_model(arguments: TrainArguments) -> tuple[ResonanceForCausalLM, Pre
 def _new_model(arguments: TrainArguments, tokenizer: PreTrainedTokenizerBase) -> ResonanceForCausalLM:
     config = arguments.model_config()
     config.vocab_size = tokenizer_vocab_size(tokenizer)
-    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # type: ignore
-    config.pad_token_id = tokenizer.pad_token_id  # type: ignore
+    config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
+    config.pad_token_id = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
     set_seed(arguments.seed)
     try:
         return ResonanceForCausalLM(config)

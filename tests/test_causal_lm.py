@@ -277,6 +277,7 @@ def test_generate_cached_equals_uncached_left_padded(mixers: tuple[str, ...], op
     common = dict(attention_mask=mask, max_new_tokens=30, do_sample=False, pad_token_id=0, **options)
     cached = model.generate(ids, **common)
     assert torch.equal(cached, model.generate(ids, use_cache=False, **common))
+    assert torch.equal(cached, model.generate(ids, prefill_chunk_size=7, **common))  # first chunks are all padding
     for i in range(3):  # and a row alone says the same
         alone = model.generate(ids[i : i + 1, mask[i].bool()], max_new_tokens=30, do_sample=False, **options)
         assert torch.equal(cached[i, 20:], alone[0, int(mask[i].sum()) :])

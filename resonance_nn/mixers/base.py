@@ -60,8 +60,8 @@ def leading_reset(reset: Tensor | None, states: list[State | None]) -> tuple[Ten
     and without any further on the mixers need not know. While tracing, the mixers always see them."""
     if reset is None or torch.compiler.is_compiling() or bool(reset[:, 1:].any()):
         return reset, states
-    kept = ~reset[:, 0]
-    cleared = [s and {n: t * kept.view(-1, *[1] * (t.dim() - 1)).to(t.dtype) for n, t in s.items()} for s in states]
+    begins = reset[:, 0]
+    cleared = [s and {n: t.masked_fill(begins.view(-1, *[1] * (t.dim() - 1)), 0) for n, t in s.items()} for s in states]
     return None, cleared
 
 

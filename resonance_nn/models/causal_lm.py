@@ -266,16 +266,12 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
         loss = objective / num_items
         return loss, (loss - cross_entropy / num_items).detach() if regularised else None
 
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        mask = inputs.get("attention_mask")
-        if mask is not None and mask.dim() == 2 and not bool(mask[:, -1].all()):
-            raise ValueError("attention_mask ends in padding: to generate, pad on the left (padding_side='left')")
-        return inputs
-
     def _prepare_cache_for_generation(  # type: ignore[override] (its annotation says bool, it returns nothing)
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
+        mask = model_kwargs.get("attention_mask")
+        if mask is not None and not bool(mask[:, -1].all()):
+            raise ValueError("attention_mask ends in padding: to generate, pad on the left (padding_side='left')")
         if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
             if generation_config.cache_implementation is not None:
                 raise ValueError(
