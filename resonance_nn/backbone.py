@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from resonance_nn.layers import RMSNorm, SwiGLU
-from resonance_nn.mixers import MIXERS
+from resonance_nn.mixers import build_mixer
 from resonance_nn.mixers.base import RightPadding, State, leading_reset
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Block(nn.Module):
     def __init__(self, config: ResonanceConfig, layer_idx: int) -> None:
         super().__init__()
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mixer = MIXERS[config.layer_mixers[layer_idx]](config, layer_idx)
+        self.mixer = build_mixer(config.layer_mixers[layer_idx], config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.dropout = config.dropout
@@ -36,13 +36,20 @@ class Block(nn.Module):
         self._gradient_checkpointing_func: Callable[..., Any] = partial(checkpoint, use_reentrant=False)
 
     def forward(
-        self, x: Tensor, length: Tensor | None, reset: Tensor | None, state: State | None, return_state: bool
-    ) -> tuple[Tensor, State | None]:
+        self,
+        x: Tensor,
+        length: Tensor | None,
+        reset: Tensor | None,
+        state: State | None,
+        return_state: bool,
+        return_losses: bool,
+    ) -> tuple[Tensor, State | None, list[Tensor] | None]:
+        losses: list[Tensor] | None = [] if return_losses else None
         y, state = self.mixer.mix(
-            self.mixer_norm(x), length=length, reset=reset, state=state, return_state=return_state
+            self.mixer_norm(x), length=length, reset=reset, state=state, return_state=return_state, losses=losses
         )
         x = x + F.dropout(y, self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training), state
+        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training), state, losses
 
 
 class Backbone(nn.Module):
@@ -62,6 +69,7 @@ class Backbone(nn.Module):
         states: Sequence[State | None] | None = None,
         return_states: bool = False,
         return_hidden: bool = False,
+        losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, list[State | None], list[Tensor]]:
         """Run the stack.
 
@@ -72,6 +80,7 @@ class Backbone(nn.Module):
             states: one a block, as returned by the call before; None is a fresh start.
             return_states: whether to compute the states after each row's last real token.
             return_hidden: whether to keep the residual stream before every block.
+            losses: a list to which the mixers' weighted auxiliary losses are appended; None: they are not computed.
 
         Returns:
             The normed hidden states (B, L, D), the states, and the residual streams asked for.
@@ -90,8 +99,10 @@ class Backbone(nn.Module):
             run: Callable[..., Any] = block
             if block.gradient_checkpointing and self.training:
                 run = partial(block._gradient_checkpointing_func, block.__call__)
-            x, state = run(x, length, reset, state, return_states)
+            x, state, of_block = run(x, length, reset, state, return_states, losses is not None)
             new_states.append(state)
+            if losses is not None:
+                losses += of_block
         x = self.norm(x)
         if padding is not None:
             x = padding.undo(x)

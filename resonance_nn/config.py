@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, get_args
+from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -19,7 +19,18 @@ SIZES: dict[str, dict[str, int]] = {
 }
 FORMAT_VERSION = 1
 DERIVED: Any = None  # a field left out: __post_init__ derives it from the width
-Filters = Literal["head", "channel"]
+CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
+    "filters": ("head", "channel"),
+    "output_norm": ("head", "gated"),
+    "binding": ("outer", "hrr"),
+    "erase": ("delta", "gated", "hermitian", "none"),
+    "decay": ("head", "channel", "none"),
+}
+TRAINING_FIELDS = {  # without effect in evaluation
+    *("dropout", "initializer_range", "initial_context", "format_version"),
+    *("label_smoothing", "z_loss_weight", "entropy_weight", "mode_noise"),
+}
+ROTATIONS = ("none", "step", "token")
 
 
 class ResonanceConfig(PreTrainedConfig):
@@ -36,8 +47,29 @@ class ResonanceConfig(PreTrainedConfig):
         num_modes: complex modes N a head (``spectral_gate``) or a filter (``resonance``); None means D/(2H), so that a
             head keeps as many reals a channel as it has channels.
         filters: ``resonance`` only: one filter a "head" or a "channel".
+        rotation: what turns the modes of ``spectral_gate`` and ``holographic``: "none" (real modes), "step" (ω_n times
+            the step δ_t) or "token" (and an angle of each token's own). None means "step" in ``spectral_gate`` and
+            "none" in ``holographic``.
+        expand: inner width of ``spectral_gate`` over D.
+        num_groups: ``spectral_gate``: groups of heads that share the gates b and c; None means a group a head.
+        normalize_gates: ``spectral_gate``: whether b and c have norm 1.
+        output_norm: ``spectral_gate``: RMSNorm a "head", then the gate silu(z), or the "gated" output normalised
+            in groups, as in Mamba-2.
+        conv_bias: ``spectral_gate``: whether the short convolution has a bias.
+        time_step_limit: ``spectral_gate``: (low, high), bounds of the step δ; None for none.
+        frequency_mixing: ``spectral_gate``: read c^H (I + C) S with a learned complex matrix C a head, 0 at first.
+        mode_fraction: ``spectral_gate``: ρ in (0, 1], the share of modes that a token reads, those of largest score.
+        mode_noise: ``spectral_gate``: scale of the Gumbel noise on those scores in training.
+        entropy_weight: ``spectral_gate``: weight λ of λ(log N − H(p)) in the loss, p the modes' share of energy.
+        trapezoidal: ``spectral_gate``: whether a token writes a learned mean of its input and the one before.
+        binding: ``holographic``: "outer" products or "hrr" (circular convolution, one trace a head).
+        erase: ``holographic``: what a write erases first: "delta" (β of what its key recalls), "gated" (erase and write
+            gates a channel), "hermitian" (the complex form of "gated") or "none" (Hebbian).
+        decay: ``holographic``: forgetting by one factor a "head", one a key "channel", or "none".
+        max_beta: ``holographic``: upper bound of β, in (0, 2]; above 1 a write can reflect.
+        num_traces: ``holographic`` with "hrr": traces R.
         conv_size: width of the short causal convolutions; 1 turns them into a scale.
-        chunk_size: tokens T that ``spectral_gate`` takes in one masked matmul.
+        chunk_size: tokens T that the chunked operators take in one masked matmul.
         initial_context: the longest memory at initialisation, in tokens. It bounds nothing.
         rope_theta: base of the rotary frequencies of ``attention``.
         norm_eps: epsilon of the RMSNorms.
@@ -65,6 +97,23 @@ class ResonanceConfig(PreTrainedConfig):
     mixers: tuple[str, ...] = ("spectral_gate",)
     num_modes: int = DERIVED
     filters: str = "head"
+    rotation: str | None = None
+    expand: int = 1
+    num_groups: int = DERIVED
+    normalize_gates: bool = True
+    output_norm: str = "head"
+    conv_bias: bool = False
+    time_step_limit: tuple[float, float] | None = None
+    frequency_mixing: bool = False
+    mode_fraction: float | int = 1.0
+    mode_noise: float | int = 0.0
+    entropy_weight: float | int = 0.0
+    trapezoidal: bool = False
+    binding: str = "outer"
+    erase: str = "delta"
+    decay: str = "head"
+    max_beta: float | int = 1.0
+    num_traces: int = 1
     conv_size: int = 4
     chunk_size: int = 64
     initial_context: int = 2048
@@ -97,6 +146,10 @@ class ResonanceConfig(PreTrainedConfig):
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.num_modes is DERIVED:
             self.num_modes = self.hidden_size // self.num_heads // 2
+        if self.num_groups is DERIVED:
+            self.num_groups = self.num_heads
+        if self.time_step_limit is not None:
+            self.time_step_limit = (float(self.time_step_limit[0]), float(self.time_step_limit[1]))
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -118,6 +171,12 @@ class ResonanceConfig(PreTrainedConfig):
             config_dict = {k: v for k, v in config_dict.items() if k not in ("num_heads", "num_attention_heads")}
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
+    @classmethod
+    def architecture(cls) -> set[str]:
+        """The fields that change what a model with given weights computes in evaluation."""
+        own = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+        return own - TRAINING_FIELDS - {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "chunk_size"}
+
     @property
     def layer_mixers(self) -> tuple[str, ...]:
         """The mixer of each layer."""
@@ -136,10 +195,12 @@ class ResonanceConfig(PreTrainedConfig):
             ("conv_size", 1),
             ("chunk_size", 1),
             ("initial_context", 2),
+            ("expand", 1),
+            ("num_traces", 1),
         ):
             value = getattr(self, field)
             check(type(value) is int and value >= minimum, field, f"an integer ≥ {minimum}")
-        for field in ("intermediate_size", "num_modes"):
+        for field in ("intermediate_size", "num_modes", "num_groups"):
             value = getattr(self, field)
             check(value is DERIVED or (type(value) is int and value >= 1), field, "an integer ≥ 1, or None to derive")
         if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads < 8:
@@ -152,18 +213,33 @@ class ResonanceConfig(PreTrainedConfig):
         for name in self.mixers:
             if name not in MIXERS:
                 raise ValueError(f"mixers = {self.mixers!r}: {name!r} is unknown; choose from {', '.join(MIXERS)}")
-        check(self.filters in get_args(Filters), "filters", " or ".join(map(repr, get_args(Filters))))
+        if self.num_groups is not DERIVED:
+            check(self.num_heads % self.num_groups == 0, "num_groups", f"a divisor of num_heads = {self.num_heads}")
+        for field, choices in CHOICES.items():
+            check(getattr(self, field) in choices, field, " or ".join(map(repr, choices)))
+        check(self.rotation in (None, *ROTATIONS), "rotation", f"None or {' or '.join(map(repr, ROTATIONS))}")
+        limit = self.time_step_limit
+        pair = limit is None or (isinstance(limit, tuple | list) and len(limit) == 2 and 0 <= limit[0] <= limit[1])
+        check(pair, "time_step_limit", "None or (low, high) with 0 ≤ low ≤ high")
+        for field in ("mode_fraction", "max_beta"):
+            value, high = getattr(self, field), 1 if field == "mode_fraction" else 2
+            check(isinstance(value, int | float) and 0 < value <= high, field, f"in (0, {high}]")
         for field, low, high, allowed in (
             ("dropout", 0, 1, "in [0, 1)"),
             ("label_smoothing", 0, 1, "in [0, 1)"),
             ("z_loss_weight", 0, math.inf, "≥ 0"),
+            ("mode_noise", 0, math.inf, "≥ 0"),
+            ("entropy_weight", 0, math.inf, "≥ 0"),
             ("norm_eps", 1e-30, 1, "in (0, 1)"),
             ("initializer_range", 1e-30, math.inf, "> 0"),
             ("rope_theta", 1e-30, math.inf, "> 0"),
         ):
             value = getattr(self, field)
             check(isinstance(value, int | float) and low <= value < high, field, allowed)
-        for field in ("tie_word_embeddings", "use_cache"):
+        for field in (
+            *("normalize_gates", "conv_bias", "frequency_mixing", "trapezoidal"),
+            *("tie_word_embeddings", "use_cache"),
+        ):
             check(isinstance(getattr(self, field), bool), field, "True or False")
         check(isinstance(self.format_version, int), "format_version", "an integer")
         if self.format_version > FORMAT_VERSION:

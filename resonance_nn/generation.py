@@ -18,6 +18,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers.generation.streamers import BaseStreamer
 
 from resonance_nn.cache import ResonanceCache
+from resonance_nn.config import ResonanceConfig
 from resonance_nn.data.tokenizer import (
     IncrementalDecoder,
     decode_bytes,
@@ -327,7 +328,8 @@ def fingerprint(model: ResonanceForCausalLM) -> Tensor:
     In bfloat16, so that a model loaded in another precision is still the same one.
     """
     config = model.config
-    digest = hashlib.sha256(repr((config.layer_mixers, config.num_heads, config.num_modes, config.filters)).encode())
+    fields = [(name, getattr(config, name)) for name in sorted(ResonanceConfig.architecture())]
+    digest = hashlib.sha256(repr(fields).encode())
     for name, weight in model.named_parameters():
         flat = weight.detach().flatten()
         sample = flat[:: max(1, flat.numel() // 1024)].to(torch.bfloat16).view(torch.int16).cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,12 @@ STACKS = {  # what builds a language model: every causal mixer alone, and hybrid
     "hybrid_attention": ("spectral_gate", "attention"),
     "hybrid_resonance": ("resonance", "spectral_gate"),
 }
+
+
+VARIANTS: list[tuple[str, dict[str, Any]]] = [  # every causal mixer as it comes, and its options that change the state
+    *((name, {}) for name, mixer in MIXERS.items() if mixer.causal),
+    ("resonance", {"filters": "channel"}),
+]
 
 
 def small_config(mixers: tuple[str, ...] = ("spectral_gate",), **overrides) -> ResonanceConfig:

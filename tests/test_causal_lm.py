@@ -24,7 +24,7 @@ class CircularFFTMixer(Mixer):
         super().__init__(config, layer_idx)
         self.filter = nn.Parameter(0.3 * torch.randn(config.hidden_size, 64))
 
-    def mix(self, x, *, length=None, reset=None, state=None, return_state=False):
+    def mix(self, x, *, length=None, reset=None, state=None, return_state=False, losses=None):
         L = x.shape[1]
         y = torch.fft.irfft(torch.fft.rfft(x.mT, n=L) * torch.fft.rfft(self.filter[:, :L], n=L), n=L).mT
         return y.to(x.dtype), {} if return_state else None

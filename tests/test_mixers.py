@@ -7,14 +7,13 @@ import itertools
 import pytest
 import torch
 from conftest import relative
-from contract import make_mixer, pieces, uneven
+from contract import VARIANTS, make_mixer, pieces, uneven
 from torch import Tensor
 
 from resonance_nn.mixers import MIXERS
 
 CAUSAL = [name for name, mixer in MIXERS.items() if mixer.causal]
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-VARIANTS = [(name, {}) for name in CAUSAL] + [("resonance", {"filters": "channel"})]
 
 
 def gradients(y: Tensor, inputs: list[Tensor], mixer: torch.nn.Module) -> list[Tensor]:

@@ -25,9 +25,11 @@ SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "chunk_size": 16}
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
+    """Source text of a fixed size, whatever becomes of these files: runs over it have a fixed number of steps."""
     folder = tmp_path_factory.mktemp("corpus")
-    for name in ("config.py", "backbone.py", "cache.py", "layers.py"):
-        (folder / name).write_bytes((SOURCE / name).read_bytes())
+    source = b"".join((SOURCE / name).read_bytes() for name in ("config.py", "backbone.py", "cache.py", "layers.py"))
+    for i in range(4):
+        (folder / f"{i}.py").write_bytes(source[6000 * i : 6000 * (i + 1)])
     return str(folder)
 
 

@@ -41,6 +41,7 @@ class AttentionMixer(Mixer):
         reset: Tensor | None = None,
         state: State | None = None,
         return_state: bool = False,
+        losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
         B, L, D = x.shape
         q, k, v = self.qkv_proj(x).view(B, L, 3, self.num_heads, self.head_dim).unbind(2)  # (B, L, H, P)

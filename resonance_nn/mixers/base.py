@@ -88,6 +88,7 @@ class Mixer(nn.Module):
         reset: Tensor | None = None,
         state: State | None = None,
         return_state: bool = False,
+        losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
         """Mix tokens.
 
@@ -97,6 +98,7 @@ class Mixer(nn.Module):
             reset: (B, L) bool, True at a document's first token: nothing before it is seen from there on.
             state: as returned by the call before; None is a fresh start.
             return_state: whether to compute the state after each row's last real token.
+            losses: a list to which the mixer appends its weighted auxiliary losses, scalars; None: they are not needed.
 
         Returns:
             y (B, L, D), and the state, a flat dict of real tensors, batch first (None if not asked for).
@@ -106,13 +108,14 @@ class Mixer(nn.Module):
             reset = padding.apply_reset(reset)
         reset, (state,) = leading_reset(reset, [state])
         if padding is None:
-            return self.mix(x, reset=reset, state=state, return_state=return_state)
+            return self.mix(x, reset=reset, state=state, return_state=return_state, losses=losses)
         y, state = self.mix(
             padding.apply(x),
             length=padding.length,
             reset=reset,
             state=state,
             return_state=return_state,
+            losses=losses,
         )
         return padding.undo(y), state
 
@@ -124,6 +127,7 @@ class Mixer(nn.Module):
         reset: Tensor | None = None,
         state: State | None = None,
         return_state: bool = False,
+        losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
         """As :meth:`forward`, for rows whose first ``length`` (B) tokens are real; None means all."""
         raise NotImplementedError

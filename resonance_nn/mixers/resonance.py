@@ -71,6 +71,7 @@ class ResonanceMixer(Mixer):
         reset: Tensor | None = None,
         state: State | None = None,
         return_state: bool = False,
+        losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
         B, L, D = x.shape
         state = state or {}

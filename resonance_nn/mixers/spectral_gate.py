@@ -77,6 +77,7 @@ class SpectralGateMixer(Mixer):
         reset: Tensor | None = None,
         state: State | None = None,
         return_state: bool = False,
+        losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
         B, L, D = x.shape
         H, K = self.num_heads, 2 * self.num_modes

@@ -21,11 +21,13 @@ from resonance_nn.ops.cross_entropy import linear_cross_entropy, logits_cross_en
 
 @dataclass
 class ResonanceOutput(ModelOutput):
-    """Output of :class:`ResonanceModel`: ``last_hidden_state`` (B, L, D), the cache, the residual streams."""
+    """Output of :class:`ResonanceModel`: ``last_hidden_state`` (B, L, D), the cache, the residual streams, and in
+    training the sum of the mixers' weighted auxiliary losses (None where no mixer has one)."""
 
     last_hidden_state: Tensor | None = None
     past_key_values: ResonanceCache | None = None
     hidden_states: tuple[Tensor, ...] | None = None
+    aux_loss: Tensor | None = None
 
 
 @dataclass
@@ -135,6 +137,7 @@ class ResonanceModel(ResonancePreTrainedModel):
         if cache is not None:
             blocks = [block for block in self.backbone.blocks if isinstance(block, Block)]
             cache.check([block.mixer.state_names for block in blocks])
+        losses: list[Tensor] | None = [] if self.training else None
         x, states, hidden = self.backbone(
             x,
             mask=attention_mask,
@@ -142,6 +145,7 @@ class ResonanceModel(ResonancePreTrainedModel):
             states=None if cache is None else cache.states,
             return_states=use_cache,
             return_hidden=output_hidden_states,
+            losses=losses,
         )
         if use_cache:
             assert cache is not None
@@ -150,6 +154,7 @@ class ResonanceModel(ResonancePreTrainedModel):
             last_hidden_state=x,
             past_key_values=cache if use_cache else None,
             hidden_states=(*hidden, x) if output_hidden_states else None,
+            aux_loss=torch.stack(losses).sum() if losses else None,
         )
 
 
@@ -226,7 +231,7 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
         hidden = out.last_hidden_state
         loss = aux_loss = logits = None
         if labels is not None:
-            loss, aux_loss = self._loss(hidden, labels, reset, num_items_in_batch)
+            loss, aux_loss = self._loss(hidden, labels, reset, num_items_in_batch, out.aux_loss)
         if labels is None or return_logits or not isinstance(logits_to_keep, int) or logits_to_keep > 0:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden if return_logits and labels is not None else hidden[:, keep])
@@ -240,7 +245,12 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
         return result if return_dict is None or return_dict else result.to_tuple()
 
     def _loss(
-        self, hidden: Tensor, labels: Tensor, reset: Tensor | None, num_items: Tensor | int | None
+        self,
+        hidden: Tensor,
+        labels: Tensor,
+        reset: Tensor | None,
+        num_items: Tensor | int | None,
+        mixers_loss: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         config, head = self.config, self.get_output_embeddings()
         if labels.shape != hidden.shape[:2]:
@@ -259,10 +269,13 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
             objective, cross_entropy = logits_cross_entropy(
                 head(hidden), targets, label_smoothing=smoothing, z_loss_weight=z_weight
             )
+        num_targets = (targets != -100).sum()
         if num_items is None:
-            num_items = (targets != -100).sum().clamp(min=1)
+            num_items = num_targets.clamp(min=1)
         if isinstance(num_items, Tensor):
             num_items = num_items.to(objective.device)
+        if mixers_loss is not None:  # a mean over this batch, so its share of an accumulated step is by targets
+            objective, regularised = objective + num_targets * mixers_loss, True
         loss = objective / num_items
         return loss, (loss - cross_entropy / num_items).detach() if regularised else None
 
