@@ -224,6 +224,8 @@ class ResonanceConfig(PreTrainedConfig):
         for field in ("mode_fraction", "max_beta"):
             value, high = getattr(self, field), 1 if field == "mode_fraction" else 2
             check(isinstance(value, int | float) and 0 < value <= high, field, f"in (0, {high}]")
+        if self.erase == "none" and self.decay == "channel":
+            raise ValueError("erase = 'none' with decay = 'channel': not available; choose decay 'head' or 'none'")
         for field, low, high, allowed in (
             ("dropout", 0, 1, "in [0, 1)"),
             ("label_smoothing", 0, 1, "in [0, 1)"),

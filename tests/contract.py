@@ -21,6 +21,11 @@ STACKS = {  # what builds a language model: every causal mixer alone, and hybrid
 VARIANTS: list[tuple[str, dict[str, Any]]] = [  # every causal mixer as it comes, and its options that change the state
     *((name, {}) for name, mixer in MIXERS.items() if mixer.causal),
     ("resonance", {"filters": "channel"}),
+    ("holographic", {"rotation": "token", "max_beta": 2.0}),
+    ("holographic", {"erase": "gated", "decay": "channel"}),
+    ("holographic", {"erase": "gated", "decay": "channel", "rotation": "step"}),
+    ("holographic", {"erase": "hermitian", "decay": "none", "rotation": "step"}),
+    ("holographic", {"erase": "none"}),
 ]
 
 

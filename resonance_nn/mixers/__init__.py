@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from resonance_nn.mixers.attention import AttentionMixer
 from resonance_nn.mixers.base import Mixer, RightPadding, State
+from resonance_nn.mixers.holographic import HolographicMixer
 from resonance_nn.mixers.resonance import ResonanceMixer
 from resonance_nn.mixers.spectral_gate import SpectralGateMixer
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
 MIXERS: dict[str, type[Mixer]] = {
     "resonance": ResonanceMixer,
     "spectral_gate": SpectralGateMixer,
+    "holographic": HolographicMixer,
     "attention": AttentionMixer,
 }
 
@@ -27,6 +29,7 @@ def build_mixer(name: str, config: ResonanceConfig, layer_idx: int = 0) -> Mixer
 __all__ = [
     "MIXERS",
     "AttentionMixer",
+    "HolographicMixer",
     "Mixer",
     "ResonanceMixer",
     "RightPadding",

@@ -1,0 +1,274 @@
+"""The gated delta rule: an associative memory that erases what a key recalls before it writes.
+
+    S̄_t = Λ_t S_{t−1}                          decay, and turn if there are angles
+    S_t = S̄_t + k_t ( v_t − e_t^T S̄_t )^T      erase along e_t, write v_t
+    y_t = q_t^T S_t                            read after the write
+
+With e_t = β_t k_t and v_t = β_t·value this is S_t = (I − β k k^T) Λ_t S_{t−1} + β k value^T, the gated delta rule;
+e_t = (gate ∘ k_t) and v_t = (gate' ∘ value) separate erasing from writing.
+
+Letters: B batch, L length, H heads, P channels a head, K reals of a key, T chunk length. Every tensor at the border is
+real. With ``angle`` (B, L, H, N) a key is K = 2N reals ``[re | im]`` and Λ_t turns each pair by ω: an orthogonal map, so
+2N real keys can be orthogonal, twice as many as N complex ones in the same storage. ``hermitian=True`` is the complex
+form, S_t = S̄_t + k_t(v_t − e_t^H S̄_t), y_t = Re(q_t^H S_t), on the same storage.
+
+    delta_rule_reference   the recurrence, one token at a time                              O(L·K·P), sequential
+    delta_rule_chunked     WY form: one triangular inverse a chunk, the rest is matmuls      O(L·T·(K+P) + L·K·(K+P))
+    delta_rule_step        one token                                                        O(K·P)
+
+Sources: DeltaNet in parallel (Yang et al. 2024), Gated DeltaNet (Yang et al. 2025), per-channel decay: Kimi Delta
+Attention (2025), separate gates: Gated DeltaNet-2 (Hatamizadeh et al. 2026). The turning state is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from resonance_nn.ops.precision import phase_dtype, reduce_angle, wide_dtype, without_autocast
+from resonance_nn.ops.semiseparable import rotate
+
+SUB_CHUNK = 16  # tokens between re-basings of decays a channel
+EXPONENT = 80.0  # e^80 is finite in float32
+
+
+@without_autocast
+def delta_rule_reference(
+    v: Tensor,
+    k: Tensor,
+    q: Tensor,
+    erase: Tensor,
+    log_decay: Tensor,
+    angle: Tensor | None = None,
+    *,
+    hermitian: bool = False,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition, token by token. Arguments as :func:`delta_rule_chunked`."""
+    B, L, H, P = v.shape
+    S = v.new_zeros(B, H, k.shape[-1], P, dtype=wide_dtype(v)) if state is None else state
+    outputs = []
+    for t in range(L):
+        if reset is not None:
+            S = S * (~reset[:, t])[:, None, None, None]
+        turn = None if angle is None else angle[:, t]
+        y, after = delta_rule_step(v[:, t], k[:, t], q[:, t], erase[:, t], log_decay[:, t], turn, S, hermitian)
+        S = after if mask is None else torch.where(mask[:, t, None, None, None], after, S)
+        outputs.append(y)
+    return torch.stack(outputs, dim=1), S
+
+
+@without_autocast
+def delta_rule_step(
+    v: Tensor,
+    k: Tensor,
+    q: Tensor,
+    erase: Tensor,
+    log_decay: Tensor,
+    angle: Tensor | None,
+    state: Tensor,
+    hermitian: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """One token: v (B, H, P), k, q, erase (B, H, K), log_decay (B, H) or (B, H, K) (N with angles), angle (B, H, N) or
+    None, state (B, H, K, P) -> y (B, H, P) and the next state."""
+    wide = wide_dtype(v)
+    S, k, q, erase, value = state.to(wide), k.to(wide), q.to(wide), erase.to(wide), v.to(wide)
+    decay = log_decay.to(wide).exp()
+    if decay.dim() == 2:
+        decay = decay[..., None]
+    elif angle is not None:
+        decay = torch.cat((decay, decay), dim=-1)
+    S = S * decay[..., None]
+    if angle is not None:
+        turn = angle.to(wide)[..., None]
+        S = rotate(S, turn.cos(), turn.sin(), dim=-2)
+    if hermitian:
+        S, k, q, erase = _complex(S, -2), _complex(k), _complex(q), _complex(erase)
+    recalled = (erase.conj()[..., None, :] @ S).squeeze(-2)  # (B, H, P)
+    S = S + k[..., :, None] * (value - recalled)[..., None, :]
+    y = (q.conj()[..., None, :] @ S).squeeze(-2)
+    if hermitian:
+        y, S = y.real, _real(S, -2)
+    return y.to(v.dtype), S
+
+
+@without_autocast
+def delta_rule_chunked(
+    v: Tensor,
+    k: Tensor,
+    q: Tensor,
+    erase: Tensor,
+    log_decay: Tensor,
+    angle: Tensor | None = None,
+    *,
+    hermitian: bool = False,
+    min_log_decay: float | None = None,
+    state: Tensor | None = None,
+    reset: Tensor | None = None,
+    mask: Tensor | None = None,
+    chunk_size: int = 64,
+) -> tuple[Tensor, Tensor]:
+    """Evaluate the memory over L tokens, T at a time.
+
+    Within a chunk the writes w_t = v_t − e_t^T S̄_t obey a triangular system: with cum and θ the log-decay and the angle
+    accumulated from the chunk's start, k̃ = e^{−iθ}k, ẽ and q̃ likewise, A_ts = ẽ_t^T e^{cum_t − cum_s} k̃_s for s < t,
+    M_ts = q̃_t^T e^{cum_t − cum_s} k̃_s for s ≤ t, E_t = e^{cum_t} ẽ_t, Q_t = e^{cum_t} q̃_t, K̂_s = e^{cum_T − cum_s} k̃_s,
+
+        (I + A) W = V − E S_in            X = (I + A)^{−1}, U = X V, Z = X E, so W = U − Z S_in
+        Y     = M U + (Q − M Z) S_in
+        S_out = e^{iθ_T} ( e^{cum_T} − K̂^T Z ) S_in + e^{iθ_T} K̂^T U
+
+    so that between chunks one K×K by K×P product is left.
+
+    Args:
+        v: what is written (B, L, H, P). Products with it run in its dtype; the inverse, decays, angles and states in
+            float32 or wider.
+        k, q, erase: (B, L, H, K); K = 2N with ``angle`` or ``hermitian``.
+        log_decay: ≤ 0, nats a step: (B, L, H), one a head, or (B, L, H, K) (N with angles), one a channel.
+        angle: (B, L, H, N), radians a step, or None.
+        hermitian: the complex form.
+        min_log_decay: a promise that decays a channel are ≥ this: then they are split into two factors, which spares
+            T'×T'×K exponentials a sub-chunk. None promises nothing.
+        state: S before the first token (B, H, K, P); None is zeros.
+        reset: (B, L) bool, True where a document begins.
+        mask: (B, L) bool, False at padding: such a step leaves the state as it was.
+        chunk_size: T; 64 is the most that float32 solves well.
+
+    Returns:
+        y (B, L, H, P) in v's dtype, and S after the last token (B, H, K, P) in float32 or wider.
+    """
+    B, L, H, P = v.shape
+    K = k.shape[-1]
+    if not 1 <= chunk_size <= 64:
+        raise ValueError(f"chunk_size = {chunk_size}: must be in 1 … 64; 64 is fastest")
+    T = min(chunk_size, L)
+    wide = wide_dtype(v)
+    by_channel = log_decay.dim() == 4
+    if mask is not None:
+        hidden = ~mask[..., None, None]
+        k, erase = k.masked_fill(hidden, 0), erase.masked_fill(hidden, 0)
+        log_decay = log_decay.masked_fill(hidden if by_channel else hidden[..., 0], 0)
+        angle = None if angle is None else angle.masked_fill(hidden, 0)
+    padding = -L % T
+    C = (L + padding) // T
+
+    def chunks(x: Tensor) -> Tensor:  # (B, L, H, ·) -> (B, C, H, T, ·)
+        x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding)) if padding else x
+        return x.view(B, C, T, H, -1).transpose(2, 3)
+
+    v, k, q, erase = chunks(v), chunks(k).to(wide), chunks(q).to(wide), chunks(erase).to(wide)
+    cum = chunks(log_decay).cumsum(-2, dtype=wide)  # (B, C, H, T, 1 or K)
+    cos = sin = None
+    if angle is not None:
+        theta = reduce_angle(chunks(angle).cumsum(-2, dtype=phase_dtype(angle)), wide)  # (B, C, H, T, N)
+        cos, sin = theta.cos(), theta.sin()
+        k, q, erase = rotate(k, cos, -sin), rotate(q, cos, -sin), rotate(erase, cos, -sin)
+        cos, sin = cos[..., -1, :, None], sin[..., -1, :, None]  # (B, C, H, N, 1)
+        if by_channel and not hermitian:
+            cum = torch.cat((cum, cum), dim=-1)
+    S = v.new_zeros(B, H, K, P, dtype=wide) if state is None else state.to(wide)
+    dtype = v.dtype
+    if hermitian:
+        k, q, erase, S = _complex(k), _complex(q).conj(), _complex(erase).conj(), _complex(S, -2)
+        v, dtype = v.to(k.dtype), k.dtype
+
+    from_start, to_end, carry = cum.exp(), (cum[..., -1:, :] - cum).exp(), cum[..., -1, :].exp()
+    same = None
+    if reset is not None:
+        reset = F.pad(reset, (0, padding)) if padding else reset
+        document = reset.view(B, C, 1, T).cumsum(-1)  # how many documents have begun in this chunk up to t
+        same = document[..., :, None] == document[..., None, :]  # (B, C, 1, T, T)
+        from_start = from_start * (document == 0)[..., None]
+        to_end = to_end * (document == document[..., -1:])[..., None]
+        carry = carry * (document[..., -1:] == 0)
+    A, M = _scores(erase, q, k, cum, same, min_log_decay)  # (B, C, H, T, T)
+    X, M = UnitLowerInverse.apply(A).to(dtype), M.to(dtype)
+    U, Z = X @ v, X @ (erase * from_start).to(dtype)  # (B, C, H, T, P or K)
+    ended = (k * to_end).to(dtype).mT  # K̂^T
+    G = torch.diag_embed(carry.expand(*carry.shape[:-1], k.shape[-1])) - (ended @ Z).to(S.dtype)  # (B, C, H, K, K)
+    H_ = (ended @ U).to(S.dtype)
+    if cos is not None and sin is not None:
+        G, H_ = (_turn(x, cos, sin, hermitian) for x in (G, H_))
+    starts = []
+    for j in range(C):
+        starts.append(S)
+        S = torch.baddbmm(H_[:, j].flatten(0, 1), G[:, j].flatten(0, 1), S.flatten(0, 1)).view_as(S)
+    y = M @ U
+    if state is not None or C > 1:
+        y = y + ((q * from_start).to(dtype) - M @ Z) @ torch.stack(starts, dim=1).to(dtype)
+    if hermitian:
+        y, S = y.real, _real(S, -2)
+    return y.transpose(2, 3).reshape(B, C * T, H, P)[:, :L].to(v.dtype if not hermitian else wide), S
+
+
+def _scores(
+    erase: Tensor, q: Tensor, k: Tensor, cum: Tensor, same: Tensor | None, min_log_decay: float | None
+) -> tuple[Tensor, Tensor]:
+    """A_ts = e_t^T e^{cum_t − cum_s} k_s (its upper triangle is not read), M_ts = q_t^T e^{cum_t − cum_s} k_s for s ≤ t;
+    both 0 between documents."""
+    T = k.shape[-2]
+    visible = torch.ones(T, T, dtype=torch.bool, device=k.device).tril()
+    if same is not None:
+        visible = visible & same
+    if cum.shape[-1] == 1:  # one decay a head: it stands outside the product
+        difference = cum - cum.mT
+        decay = difference.masked_fill(~visible, float("-inf")).exp()
+        return (erase @ k.mT) * decay, (q @ k.mT) * decay
+    rows = torch.stack((erase, q))  # (2, B, C, H, T, K)
+    blocks = []
+    size = SUB_CHUNK
+    if min_log_decay is not None:
+        size = max(1, min(size, int(EXPONENT / max(-min_log_decay, 1e-6))))
+    for begin in range(0, T, size):
+        end = min(begin + size, T)
+        base = cum[..., begin - 1 : begin, :] if begin else torch.zeros_like(cum[..., :1, :])
+        own, past = cum[..., begin:end, :], cum[..., :begin, :]
+        x = rows[..., begin:end, :]
+        if min_log_decay is not None:  # exponents within ±EXPONENT / 2
+            centre = base + min_log_decay * (end - begin) / 2
+            left = x * (own - centre).exp()
+            block = left @ (k[..., :end, :] * (centre - cum[..., :end, :]).exp()).mT
+        else:
+            decay = (own[..., :, None, :] - own[..., None, :, :]).clamp(max=0).exp()  # (…, T', T', K)
+            inner = torch.einsum("rbchtk,bchsk,bchtsk->rbchts", x, k[..., begin:end, :], decay.to(x.dtype))
+            outer = (x * (own - base).exp()) @ (k[..., :begin, :] * (base - past).exp()).mT
+            block = torch.cat((outer, inner), dim=-1)
+        blocks.append(F.pad(block, (0, T - end)))
+    scores = torch.cat(blocks, dim=-2).masked_fill(~visible, 0)
+    return scores[0], scores[1]
+
+
+class UnitLowerInverse(torch.autograd.Function):
+    """(I + A)^{−1} for the strictly lower part of A (…, T, T); what stands on and above the diagonal is not read."""
+
+    @staticmethod
+    def forward(ctx: Any, A: Tensor) -> Tensor:
+        eye = torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)
+        X = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True)
+        ctx.save_for_backward(X)
+        return X
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        (X,) = ctx.saved_tensors
+        return -(X.mH @ gradient @ X.mH).tril(-1)
+
+
+def _complex(x: Tensor, dim: int = -1) -> Tensor:
+    re, im = x.chunk(2, dim=dim)
+    return torch.complex(re.contiguous(), im.contiguous())
+
+
+def _real(x: Tensor, dim: int) -> Tensor:
+    return torch.cat((x.real, x.imag), dim=dim)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor, hermitian: bool) -> Tensor:
+    return x * torch.complex(cos, sin) if hermitian else rotate(x, cos, sin, dim=-2)
