@@ -32,7 +32,7 @@ class HolographicMixer(Mixer):
 
     Options (``config.erase``, ``decay``, ``rotation``), one operator:
 
-        erase "gated"      S_t = (I − k(e ∘ k)^T) D_t S_{t−1} + k (w ∘ v)^T, e in (0, 1) a key channel, w a value channel
+        erase "gated"      S_t = (I − k(e ∘ k)^T) D_t S_{t−1} + k (w ∘ v)^T, e, w in (0, 1) a key, a value channel
         erase "hermitian"  the same on complex keys of N modes: (I − k(e ∘ k)^H), y = Re(q^H S)
         erase "none"       Hebbian: β_t k_t v_t^T is added
         decay "channel"    D_t = diag(α_t), one factor a key channel (a mode, if the state turns), in (e^−5, 1)
@@ -158,21 +158,19 @@ class HolographicMixer(Mixer):
         """Log-decays (B, L, H) or (B, L, H, channels), angles (B, L, H, N) or None."""
         B, L, _ = x.shape
         wide = wide_dtype(x)
-        delta = None
+        delta = x.new_zeros(B, L, self.num_heads, dtype=wide)
         if self.decay == "head" or self.turns:
-            delta = F.softplus(wide_linear(x, self.step_proj.weight) + self.step_bias.to(wide))  # (B, L, H)
+            delta = F.softplus(wide_linear(x, self.step_proj.weight) + self.step_bias.to(wide))
         if self.decay == "head":
-            assert delta is not None
             log_decay = -delta * F.softplus(self.damping.to(wide))
         elif self.decay == "channel":
             score = self.decay_proj(x).view(B, L, self.num_heads, -1).to(wide) + self.decay_bias.to(wide)
             log_decay = MIN_LOG_DECAY * torch.sigmoid(score)
         else:
-            log_decay = x.new_zeros(B, L, self.num_heads, dtype=wide)
-        angle = None
-        if self.turns:
-            assert delta is not None
-            angle = delta[..., None] * self.frequency.to(wide)
+            log_decay = torch.zeros_like(delta)
+        if not self.turns:
+            return log_decay, None
+        angle = delta[..., None] * self.frequency.to(wide)
         if self.rotation == "token":
             angle = angle + wide_linear(x, self.angle_proj.weight)[..., None]
         return log_decay, angle

@@ -8,7 +8,7 @@ With e_t = β_t k_t and v_t = β_t·value this is S_t = (I − β k k^T) Λ_t S_
 e_t = (gate ∘ k_t) and v_t = (gate' ∘ value) separate erasing from writing.
 
 Letters: B batch, L length, H heads, P channels a head, K reals of a key, T chunk length. Every tensor at the border is
-real. With ``angle`` (B, L, H, N) a key is K = 2N reals ``[re | im]`` and Λ_t turns each pair by ω: an orthogonal map, so
+real. With ``angle`` (B, L, H, N) a key is K = 2N reals ``[re | im]`` and Λ_t turns each pair by ω: orthogonal, so
 2N real keys can be orthogonal, twice as many as N complex ones in the same storage. ``hermitian=True`` is the complex
 form, S_t = S̄_t + k_t(v_t − e_t^H S̄_t), y_t = Re(q_t^H S_t), on the same storage.
 
@@ -210,7 +210,7 @@ def delta_rule_chunked(
 def _scores(
     erase: Tensor, q: Tensor, k: Tensor, cum: Tensor, same: Tensor | None, min_log_decay: float | None
 ) -> tuple[Tensor, Tensor]:
-    """A_ts = e_t^T e^{cum_t − cum_s} k_s (its upper triangle is not read), M_ts = q_t^T e^{cum_t − cum_s} k_s for s ≤ t;
+    """A_ts = e_t^T e^{cum_t − cum_s} k_s (its upper triangle is not read), M_ts = q_t^T e^{cum_t − cum_s} k_s, s ≤ t;
     both 0 between documents."""
     T = k.shape[-2]
     visible = torch.ones(T, T, dtype=torch.bool, device=k.device).tril()
@@ -256,7 +256,7 @@ class UnitLowerInverse(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
         (X,) = ctx.saved_tensors
         return -(X.mH @ gradient @ X.mH).tril(-1)
 
