@@ -9,9 +9,9 @@ setup: .venv/.core          ## .venv with the library and its command-line tool
 demo: setup                 ## train on Python's standard library, evaluate, complete a line (about 5 minutes)
 	$(BIN)/python examples/demo.py
 test: .venv/.test           ## the contracts (under 10 minutes)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 test-all: .venv/.test       ## everything, the slow ones too (under 60 minutes)
-	$(BIN)/python -m pytest -m ""
+	$(BIN)/python -m pytest -n auto -m ""
 check: .venv/.dev           ## lint, format, types
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/pyright
 bench: setup                ## training speed beside a Llama of equal size

@@ -3,8 +3,17 @@
 from resonance_nn.cache import ResonanceCache
 from resonance_nn.config import SIZES, ResonanceConfig
 from resonance_nn.mixers import MIXERS
-from resonance_nn.models import ResonanceForCausalLM, ResonanceModel
+from resonance_nn.models import ResonanceForCausalLM, ResonanceModel, load_mamba2_layer, mamba2_config
 
 __version__ = "0.1.0"
 
-__all__ = ["MIXERS", "SIZES", "ResonanceCache", "ResonanceConfig", "ResonanceForCausalLM", "ResonanceModel"]
+__all__ = [
+    "MIXERS",
+    "SIZES",
+    "ResonanceCache",
+    "ResonanceConfig",
+    "ResonanceForCausalLM",
+    "ResonanceModel",
+    "load_mamba2_layer",
+    "mamba2_config",
+]

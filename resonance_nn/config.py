@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from resonance_nn.mixers import MIXERS
+from resonance_nn.mixers import MIXERS, mixer_class
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "num_hidden_layers": 6},
@@ -22,12 +23,11 @@ DERIVED: Any = None  # a field left out: __post_init__ derives it from the width
 CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
     "filters": ("head", "channel"),
     "output_norm": ("head", "gated"),
-    "binding": ("outer", "hrr"),
     "erase": ("delta", "gated", "hermitian", "none"),
     "decay": ("head", "channel", "none"),
 }
 TRAINING_FIELDS = {  # without effect in evaluation
-    *("dropout", "initializer_range", "initial_context", "format_version"),
+    *("dropout", "initializer_range", "initial_context", "initial_step", "format_version"),
     *("label_smoothing", "z_loss_weight", "entropy_weight", "mode_noise"),
 }
 ROTATIONS = ("none", "step", "token")
@@ -44,9 +44,14 @@ class ResonanceConfig(PreTrainedConfig):
             as divide D. ``num_attention_heads`` is an alias.
         intermediate_size: inner width of the SwiGLU; None means 8/3·D rounded up to a multiple of 64.
         mixers: names from ``MIXERS``, tiled over the layers: ("spectral_gate", "attention") alternates them.
+            "multi_scale:" before a causal one adds coarse copies of it, see ``scales``.
         num_modes: complex modes N a head (``spectral_gate``) or a filter (``resonance``); None means D/(2H), so that a
             head keeps as many reals a channel as it has channels.
-        filters: ``resonance`` only: one filter a "head" or a "channel".
+        filters: ``resonance`` and ``global_filter``: one filter a "head" or a "channel".
+        filter_size: ``global_filter``: where its filter is learned, tokens, or (rows, columns) of images; at other
+            sizes it is interpolated. None means ``initial_context`` tokens.
+        num_bands: ``global_filter``: octave bands (of each axis) that its gate tells apart, fewer where the filter is
+            too small for them.
         rotation: what turns the modes of ``spectral_gate`` and ``holographic``: "none" (real modes), "step" (ω_n times
             the step δ_t) or "token" (and an angle of each token's own). None means "step" in ``spectral_gate`` and
             "none" in ``holographic``.
@@ -57,21 +62,31 @@ class ResonanceConfig(PreTrainedConfig):
             in groups, as in Mamba-2.
         conv_bias: ``spectral_gate``: whether the short convolution has a bias.
         time_step_limit: ``spectral_gate``: (low, high), bounds of the step δ; None for none.
+        initial_step: ``spectral_gate``: (low, high), bounds of δ at initialisation, log-uniform over the heads as in
+            Mamba-2, whose damping a = 1 … H goes with it; None for δ = 1 and time constants up to ``initial_context``.
         frequency_mixing: ``spectral_gate``: read c^H (I + C) S with a learned complex matrix C a head, 0 at first.
         mode_fraction: ``spectral_gate``: ρ in (0, 1], the share of modes that a token reads, those of largest score.
         mode_noise: ``spectral_gate``: scale of the Gumbel noise on those scores in training.
         entropy_weight: ``spectral_gate``: weight λ of λ(log N − H(p)) in the loss, p the modes' share of energy.
         trapezoidal: ``spectral_gate``: whether a token writes a learned mean of its input and the one before.
-        binding: ``holographic``: "outer" products or "hrr" (circular convolution, one trace a head).
         erase: ``holographic``: what a write erases first: "delta" (β of what its key recalls), "gated" (erase and write
             gates a channel), "hermitian" (the complex form of "gated") or "none" (Hebbian).
         decay: ``holographic``: forgetting by one factor a "head", one a key "channel", or "none".
         max_beta: ``holographic``: upper bound of β, in (0, 2]; above 1 a write can reflect.
-        num_traces: ``holographic`` with "hrr": traces R.
+        num_traces: ``hrr``: traces R a head; with 2 or more a write erases first.
+        max_coupling: ``resolvent``: upper bound b_max of the couplings b_t, the unit of energy; half of it at first.
+        min_damping: ``resolvent``: lower bound η_min of η; None means max_coupling/(2·initial_context), half of η at
+            first.
+        prime_bump: ``resolvent``: whether the potential has learned multiples of the prime bumps, at the positions of a
+            document that are prime powers less 1.
+        prime_bump_limit: ``resolvent``: tokens beyond which there are none.
+        prime_bump_epsilon: ``resolvent``: ε of their weights (log p) p^{−k(1/2+ε)}.
         conv_size: width of the short causal convolutions; 1 turns them into a scale.
         chunk_size: tokens T that the chunked operators take in one masked matmul.
         initial_context: the longest memory at initialisation, in tokens. It bounds nothing.
-        rope_theta: base of the rotary frequencies of ``attention``.
+        scales: ``multi_scale:…``: lengths of the blocks in tokens, ascending, each ≥ 2.
+        sliding_window: ``sliding_attention``: tokens W that one sees, itself among them.
+        rope_theta: base of the rotary frequencies of ``attention`` and ``sliding_attention``.
         norm_eps: epsilon of the RMSNorms.
         dropout: on the output of each mixer and MLP, while training.
         initializer_range: standard deviation of the linear maps at initialisation.
@@ -97,6 +112,8 @@ class ResonanceConfig(PreTrainedConfig):
     mixers: tuple[str, ...] = ("spectral_gate",)
     num_modes: int = DERIVED
     filters: str = "head"
+    filter_size: int | tuple[int, int] | None = DERIVED
+    num_bands: int = 8
     rotation: str | None = None
     expand: int = 1
     num_groups: int = DERIVED
@@ -104,19 +121,26 @@ class ResonanceConfig(PreTrainedConfig):
     output_norm: str = "head"
     conv_bias: bool = False
     time_step_limit: tuple[float, float] | None = None
+    initial_step: tuple[float, float] | None = None
     frequency_mixing: bool = False
     mode_fraction: float | int = 1.0
     mode_noise: float | int = 0.0
     entropy_weight: float | int = 0.0
     trapezoidal: bool = False
-    binding: str = "outer"
     erase: str = "delta"
     decay: str = "head"
     max_beta: float | int = 1.0
     num_traces: int = 1
+    max_coupling: float | int = 1.0
+    min_damping: float | int = DERIVED
+    prime_bump: bool = False
+    prime_bump_limit: int = 65_536
+    prime_bump_epsilon: float | int = 0.0
     conv_size: int = 4
     chunk_size: int = 64
     initial_context: int = 2048
+    scales: tuple[int, ...] = (4, 16)
+    sliding_window: int = 256
     rope_theta: float | int = 10_000.0
     norm_eps: float = 1e-6
     dropout: float | int = 0.0
@@ -145,11 +169,20 @@ class ResonanceConfig(PreTrainedConfig):
         if self.intermediate_size is DERIVED:
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.num_modes is DERIVED:
-            self.num_modes = self.hidden_size // self.num_heads // 2
+            self.num_modes = max(1, self.hidden_size // self.num_heads // 2)
         if self.num_groups is DERIVED:
             self.num_groups = self.num_heads
+        if self.min_damping is DERIVED:
+            self.min_damping = self.max_coupling / (2 * self.initial_context)
         if self.time_step_limit is not None:
             self.time_step_limit = (float(self.time_step_limit[0]), float(self.time_step_limit[1]))
+        if self.initial_step is not None:
+            self.initial_step = (float(self.initial_step[0]), float(self.initial_step[1]))
+        self.scales = tuple(self.scales)
+        if self.filter_size is DERIVED:
+            self.filter_size = self.initial_context
+        elif isinstance(self.filter_size, tuple | list):
+            self.filter_size = (self.filter_size[0], self.filter_size[1])
         super().__post_init__(**kwargs)
 
     @classmethod
@@ -197,33 +230,52 @@ class ResonanceConfig(PreTrainedConfig):
             ("initial_context", 2),
             ("expand", 1),
             ("num_traces", 1),
+            ("prime_bump_limit", 1),
+            ("num_bands", 1),
+            ("sliding_window", 1),
         ):
             value = getattr(self, field)
             check(type(value) is int and value >= minimum, field, f"an integer ≥ {minimum}")
         for field in ("intermediate_size", "num_modes", "num_groups"):
             value = getattr(self, field)
             check(value is DERIVED or (type(value) is int and value >= 1), field, "an integer ≥ 1, or None to derive")
-        if self.hidden_size % self.num_heads or self.hidden_size // self.num_heads < 8:
-            fits = [h for h in range(1, self.hidden_size // 8 + 1) if self.hidden_size % h == 0]
+        width, of_width = self.hidden_size, "hidden_size"
+        if self.expand > 1 and set(self.mixers) == {"spectral_gate"}:  # the only mixer that expands
+            width, of_width = self.expand * self.hidden_size, "expand · hidden_size"
+        if width % self.num_heads or width // self.num_heads < 8:
+            fits = [h for h in range(1, width // 8 + 1) if width % h == 0]
             raise ValueError(
-                f"num_heads = {self.num_heads}: must divide hidden_size = {self.hidden_size} into heads of at least 8 "
+                f"num_heads = {self.num_heads}: must divide {of_width} = {width} into heads of at least 8 "
                 f"channels; {', '.join(map(str, fits))} do"
             )
         check(len(self.mixers) > 0, "mixers", f"one or more of {', '.join(MIXERS)}")
         for name in self.mixers:
-            if name not in MIXERS:
-                raise ValueError(f"mixers = {self.mixers!r}: {name!r} is unknown; choose from {', '.join(MIXERS)}")
+            try:
+                mixer_class(name)
+            except ValueError as error:
+                raise ValueError(f"mixers = {self.mixers!r}: {error}") from None
+        lengths = self.scales if isinstance(self.scales, tuple | list) else ()
+        ascending = len(lengths) > 0 and all(type(s) is int and s >= 2 for s in lengths)
+        ascending = ascending and all(a < b for a, b in itertools.pairwise(lengths))
+        check(ascending, "scales", "one or more integers ≥ 2, ascending, such as (4, 16)")
         if self.num_groups is not DERIVED:
             check(self.num_heads % self.num_groups == 0, "num_groups", f"a divisor of num_heads = {self.num_heads}")
         for field, choices in CHOICES.items():
             check(getattr(self, field) in choices, field, " or ".join(map(repr, choices)))
         check(self.rotation in (None, *ROTATIONS), "rotation", f"None or {' or '.join(map(repr, ROTATIONS))}")
-        limit = self.time_step_limit
-        pair = limit is None or (isinstance(limit, tuple | list) and len(limit) == 2 and 0 <= limit[0] <= limit[1])
-        check(pair, "time_step_limit", "None or (low, high) with 0 ≤ low ≤ high")
+        size = self.filter_size
+        sizes = size if isinstance(size, tuple | list) and len(size) == 2 else (size,)
+        check(size is DERIVED or all(type(s) is int and s >= 1 for s in sizes), "filter_size", "an integer ≥ 1 or two")
+        for field, low, allowed in (("time_step_limit", 0.0, "0 ≤ low"), ("initial_step", 1e-30, "0 < low")):
+            value = getattr(self, field)
+            pair = isinstance(value, tuple | list) and len(value) == 2 and low <= value[0] <= value[1]
+            check(value is None or pair, field, f"None or (low, high) with {allowed} ≤ high")
         for field in ("mode_fraction", "max_beta"):
             value, high = getattr(self, field), 1 if field == "mode_fraction" else 2
             check(isinstance(value, int | float) and 0 < value <= high, field, f"in (0, {high}]")
+        value = self.min_damping
+        positive = isinstance(value, int | float) and 0 < value < math.inf
+        check(value is DERIVED or positive, "min_damping", "> 0, or None")
         if self.erase == "none" and self.decay == "channel":
             raise ValueError("erase = 'none' with decay = 'channel': not available; choose decay 'head' or 'none'")
         for field, low, high, allowed in (
@@ -235,11 +287,13 @@ class ResonanceConfig(PreTrainedConfig):
             ("norm_eps", 1e-30, 1, "in (0, 1)"),
             ("initializer_range", 1e-30, math.inf, "> 0"),
             ("rope_theta", 1e-30, math.inf, "> 0"),
+            ("max_coupling", 1e-30, math.inf, "> 0"),
+            ("prime_bump_epsilon", 0, math.inf, "≥ 0"),
         ):
             value = getattr(self, field)
             check(isinstance(value, int | float) and low <= value < high, field, allowed)
         for field in (
-            *("normalize_gates", "conv_bias", "frequency_mixing", "trapezoidal"),
+            *("normalize_gates", "conv_bias", "frequency_mixing", "trapezoidal", "prime_bump"),
             *("tie_word_embeddings", "use_cache"),
         ):
             check(isinstance(getattr(self, field), bool), field, "True or False")

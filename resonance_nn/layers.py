@@ -22,6 +22,19 @@ class RMSNorm(nn.Module):
         return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
 
 
+class GroupedRMSNorm(RMSNorm):
+    """RMSNorm of each of G equal groups of the last dimension by itself, with one weight a channel."""
+
+    def __init__(self, size: int, num_groups: int, eps: float = 1e-6) -> None:
+        super().__init__(size, eps)
+        self.num_groups = num_groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        groups = x.to(wide_dtype(x)).unflatten(-1, (self.num_groups, -1))
+        normed = F.rms_norm(groups, groups.shape[-1:], None, self.eps).flatten(-2)
+        return (normed * self.weight.to(normed.dtype)).to(x.dtype)
+
+
 class SwiGLU(nn.Module):
     """W_down( silu(W_gate x) ∘ W_up x ), (B, L, D) -> (B, L, D) (Shazeer 2020)."""
 
@@ -36,21 +49,24 @@ class SwiGLU(nn.Module):
 
 
 class ShortConv(nn.Module):
-    """Causal depthwise convolution of width W: y_t = Σ_{j<W} w_j ∘ x_{t−j}, (B, L, C) -> (B, L, C).
+    """Causal depthwise convolution of width W: y_t = Σ_{j<W} w_j ∘ x_{t−j} (+ bias), (B, L, C) -> (B, L, C).
 
     The state is the tail, the last W − 1 inputs (B, W − 1, C), zeros before the first token. A reset hides everything
     before it.
     """
 
-    def __init__(self, channels: int, width: int) -> None:
+    def __init__(self, channels: int, width: int, bias: bool = False) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(width, channels))  # weight[j] multiplies x_{t−j}
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
         with torch.no_grad():
-            self.weight.copy_(self.initial_values()["weight"])
+            for name, value in self.initial_values().items():
+                self.get_parameter(name).copy_(value)
 
     def initial_values(self) -> dict[str, Tensor]:
-        bound = self.weight.shape[0] ** -0.5
-        return {"weight": torch.empty(self.weight.shape).uniform_(-bound, bound)}
+        W, C = self.weight.shape
+        values = {"weight": torch.empty(W, C).uniform_(-(W**-0.5), W**-0.5)}
+        return values if self.bias is None else {**values, "bias": torch.zeros(C)}
 
     def forward(
         self, x: Tensor, tail: Tensor | None = None, *, reset: Tensor | None = None, length: Tensor | None = None
@@ -62,7 +78,7 @@ class ShortConv(nn.Module):
         weight = self.weight.to(x.dtype)
         tail = x.new_zeros(B, W - 1, C) if tail is None else tail.to(x.dtype)
         window = torch.cat((tail, x), dim=1)  # window[:, W − 1 + t] is x_t
-        y = x * weight[0]
+        y = x * weight[0] if self.bias is None else torch.addcmul(self.bias.to(x.dtype), x, weight[0])
         for j in range(1, W):
             y = y + self._same_document(window[:, W - 1 - j : W - 1 - j + L], reset, j) * weight[j]
         if length is None:

@@ -3,30 +3,67 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from resonance_nn import ResonanceConfig, ResonanceForCausalLM
-from resonance_nn.mixers import MIXERS, Mixer
+from resonance_nn.mixers import MIXERS, Mixer, build_mixer
 
 STACKS = {  # what builds a language model: every causal mixer alone, and hybrids
     **{name: (name,) for name, mixer in MIXERS.items() if mixer.causal},
     "hybrid_attention": ("spectral_gate", "attention"),
     "hybrid_resonance": ("resonance", "spectral_gate"),
+    "hybrid_sliding": ("spectral_gate", "sliding_attention"),
+    "multi_scale": ("multi_scale:spectral_gate",),
+    "hybrid_multi_scale": ("multi_scale:resonance", "attention"),
 }
 
 
+MAMBA2 = dict(
+    rotation="none",
+    normalize_gates=False,
+    output_norm="gated",
+    expand=2,
+    conv_bias=True,
+    time_step_limit=(0.01, 1.5),
+)
 VARIANTS: list[tuple[str, dict[str, Any]]] = [  # every causal mixer as it comes, and its options that change the state
     *((name, {}) for name, mixer in MIXERS.items() if mixer.causal),
     ("resonance", {"filters": "channel"}),
+    ("spectral_gate", {**MAMBA2, "num_groups": 1}),
+    ("spectral_gate", {"rotation": "token", "frequency_mixing": True, "num_groups": 1, "expand": 2}),
+    ("spectral_gate", {"rotation": "none", "frequency_mixing": True, "mode_fraction": 0.4, "entropy_weight": 0.1}),
+    ("spectral_gate", {"mode_fraction": 0.4, "trapezoidal": True}),
+    ("spectral_gate", {**MAMBA2, "rotation": "token", "mode_fraction": 0.4, "trapezoidal": True, "num_groups": 1}),
     ("holographic", {"rotation": "token", "max_beta": 2.0}),
     ("holographic", {"erase": "gated", "decay": "channel"}),
     ("holographic", {"erase": "gated", "decay": "channel", "rotation": "step"}),
     ("holographic", {"erase": "hermitian", "decay": "none", "rotation": "step"}),
     ("holographic", {"erase": "none"}),
+    ("hrr", {"num_traces": 3}),
+    ("resolvent", {"prime_bump": True, "prime_bump_limit": 100}),
+    ("sliding_attention", {"sliding_window": 8}),
+    ("multi_scale:spectral_gate", {}),
+    ("multi_scale:resonance", {"scales": (3,)}),
 ]
+
+
+def cases(values: Iterable[Any], brief: Iterable[Any]) -> list[Any]:
+    """(name, overrides, value) for every variant and value. What every mixer is as it comes runs on all values in
+    `make test`; a variant's options run on the ``brief`` ones there and on all in `make test-all`."""
+    whole = [*MIXERS, "multi_scale:spectral_gate"]
+    return [
+        pytest.param(
+            *(name, overrides, value),
+            marks=() if value in brief or (not overrides and name in whole) else pytest.mark.slow,
+        )
+        for name, overrides in VARIANTS
+        for value in values
+    ]
 
 
 def small_config(mixers: tuple[str, ...] = ("spectral_gate",), **overrides) -> ResonanceConfig:
@@ -42,7 +79,7 @@ def small_model(mixers: tuple[str, ...], **overrides) -> ResonanceForCausalLM:
 def make_mixer(name: str, dtype: torch.dtype = torch.float64, **overrides) -> Mixer:
     """A mixer whose output maps are large enough for changes to show."""
     torch.manual_seed(0)
-    return MIXERS[name](small_config((name,), **overrides)).to(dtype)
+    return build_mixer(name, small_config((name,), **overrides)).to(dtype)
 
 
 def assert_causal(model: ResonanceForCausalLM, L: int = 40) -> None:
@@ -60,10 +97,10 @@ def assert_causal(model: ResonanceForCausalLM, L: int = 40) -> None:
             assert t == L - 1 or difference[t + 1 :].max() > 1e-8, f"token {t} changes nothing after it"
 
 
-def iid_loss(mixers: tuple[str, ...], steps: int = 150) -> tuple[float, float]:
+def iid_loss(mixers: tuple[str, ...], steps: int = 150, **overrides) -> tuple[float, float]:
     """Contract 2: the loss of a small model trained on i.i.d. uniform tokens, over its last fresh batches, and ln V."""
     V = 16
-    model = small_model(mixers, vocab_size=V).train()
+    model = small_model(mixers, vocab_size=V, **overrides).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     generator = torch.Generator().manual_seed(7)
     losses = []
@@ -77,8 +114,8 @@ def iid_loss(mixers: tuple[str, ...], steps: int = 150) -> tuple[float, float]:
     return sum(losses[-20:]) / 20, math.log(V)
 
 
-def assert_no_leak(mixers: tuple[str, ...]) -> None:
-    loss, floor = iid_loss(mixers)
+def assert_no_leak(mixers: tuple[str, ...], **overrides) -> None:
+    loss, floor = iid_loss(mixers, **overrides)
     assert loss >= floor - 0.02, f"loss {loss:.3f} on i.i.d. tokens, below ln V = {floor:.3f}: it reads its answers"
     assert loss < floor + 0.3, f"loss {loss:.3f} on i.i.d. tokens, far above ln V = {floor:.3f}: it does not train"
 

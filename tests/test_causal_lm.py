@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from conftest import relative
-from contract import STACKS, assert_causal, assert_no_leak, small_config, small_model, uneven
+from contract import STACKS, VARIANTS, assert_causal, assert_no_leak, small_config, small_model, uneven
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,6 +47,20 @@ def test_causality(mixers: tuple[str, ...]):
 @stacks
 def test_no_leak_on_iid_tokens(mixers: tuple[str, ...]):
     assert_no_leak(mixers)  # from both sides: a model that diverges proves nothing
+
+
+OPTIONS = [variant for variant in VARIANTS if variant[1]]
+
+
+@pytest.mark.parametrize(("name", "overrides"), OPTIONS)
+def test_causality_of_options(name: str, overrides: dict):
+    assert_causal(small_model((name,), **overrides))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "overrides"), OPTIONS)
+def test_no_leak_of_options_on_iid_tokens(name: str, overrides: dict):
+    assert_no_leak((name,), **overrides)
 
 
 def test_a_leaking_mixer_is_caught(leaking_mixer: tuple[str, ...]):

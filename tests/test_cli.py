@@ -35,6 +35,10 @@ FLAGS = {
     "chat": f"--system --max-new-tokens {COMMON_SAMPLING} --precision --device",
     "models": "--vocab-size --mixers --json",
     "bench": "",
+    "bench ablation": "--ablations --data --tokens --seeds --hidden-size --layers --vocab-size --seq-len --lr "
+    "--threads --device --output-dir --resume --json",
+    "bench capacity": "--dims --pairs --trials --seed --full --json --plot",
+    "bench spectrum": "--data --tokens --window --device --json --plot",
     "bench speed": "--lengths --hidden-size --layers --vocab-size --mixers --tokens-per-batch --repeats --dtype "
     "--forward-only --device --json --plot",
 }

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 from conftest import relative
-from contract import VARIANTS, make_mixer, pieces, uneven
+from contract import VARIANTS, cases, make_mixer, pieces, uneven
 from torch import Tensor
 
 from resonance_nn.mixers import MIXERS
@@ -28,8 +28,7 @@ def gradients(y: Tensor, inputs: list[Tensor], mixer: torch.nn.Module) -> list[T
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("L", [1, 2, 3, 63, 64, 65, 257, 1000])
-@pytest.mark.parametrize(("name", "overrides"), VARIANTS)
+@pytest.mark.parametrize(("name", "overrides", "L"), cases([1, 2, 3, 63, 64, 65, 257, 1000], brief=[3, 65, 257]))
 def test_any_split_equals_one_call(name: str, overrides: dict, L: int, dtype: torch.dtype, poisoned_memory: None):
     mixer = make_mixer(name, dtype, **overrides)
     x = torch.randn(2, L, 32, dtype=dtype, requires_grad=True)
@@ -181,8 +180,7 @@ def test_bf16_autocast_is_finite_and_near_float32(name: str, overrides: dict, sc
         assert float((y.float() - exact).detach().abs().max()) <= 0.03 * float(exact.detach().abs().max())
 
 
-@pytest.mark.parametrize("value", [-1e4, -30.0, 30.0, 1e4])
-@pytest.mark.parametrize(("name", "overrides"), VARIANTS)
+@pytest.mark.parametrize(("name", "overrides", "value"), cases([-1e4, -30.0, 30.0, 1e4], brief=[-1e4, 30.0]))
 def test_any_finite_parameters_give_finite_outputs(name: str, overrides: dict, value: float):
     mixer = make_mixer(name, torch.float32, **overrides)
     for name_of_one, p in mixer.named_parameters():  # one parameter at a time

@@ -63,6 +63,39 @@ def test_any_chunk_size_with_resets_and_padding(chunk_size: int):
         assert relative(a, b) < 1e-10
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("rotating", [True, False])
+@pytest.mark.parametrize("groups", [(1, 1), (2, 2), (2, 4), (4, 1)])
+def test_shared_vectors_and_scaled_writes(groups: tuple[int, int], rotating: bool, dtype: torch.dtype):
+    """b and c shared by the heads of a group, log_write, read_first: as the recurrence, and as repeated vectors."""
+    L, H, K = 150, 4, 2 * N
+    x = dict(
+        v=torch.randn(B, L, H, P, dtype=dtype),
+        b=torch.randn(B, L, groups[0], K, dtype=dtype),
+        c=torch.randn(B, L, groups[1], K, dtype=dtype),
+        log_decay=-0.3 * torch.rand(B, L, H, dtype=dtype),
+        angle=2 * torch.randn(B, L, H, N, dtype=dtype) if rotating else None,
+        log_write=torch.randn(B, L, H, dtype=dtype),
+        state=torch.randn(B, H, K, P, dtype=dtype),
+    )
+    reset = torch.rand(B, L) < 0.03
+    for read_first in (True, False):
+        fast = with_gradients(semiseparable_chunked, x, reset=reset, read_first=read_first)
+        exact = with_gradients(semiseparable_reference, x, reset=reset, read_first=read_first)
+        for a, b in zip(fast, exact, strict=True):
+            assert relative(a, b) < TOLERANCE[dtype]
+    repeated = {k: x[k].repeat_interleave(H // x[k].shape[2], dim=2) for k in ("b", "c")}
+    y, _ = semiseparable_chunked(**{**x, **repeated}, reset=reset)
+    assert relative(y, fast[0]) < TOLERANCE[dtype]
+    turn = None if x["angle"] is None else x["angle"][:, 0]
+    first = [x[k][:, 0] for k in ("v", "b", "c", "log_decay")]
+    alone = [repeated[k][:, 0] if k in repeated else x[k][:, 0] for k in ("v", "b", "c", "log_decay")]
+    for a, b in zip(
+        semiseparable_step(*first, turn, x["state"]), semiseparable_step(*alone, turn, x["state"]), strict=True
+    ):
+        assert torch.equal(a, b)
+
+
 def test_reset_equals_separate_calls():
     x = inputs(50, torch.float64)
     reset = torch.zeros(B, 50, dtype=torch.bool)

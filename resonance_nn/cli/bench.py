@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from resonance_nn.cli import bench_ablation, bench_capacity, bench_learning, bench_spectrum
 from resonance_nn.cli.common import (
     DeviceOption,
     JsonOption,
@@ -24,6 +25,13 @@ def suites(context: typer.Context) -> None:
     """Measure beside a peer, in one process and in turns."""
     if context.invoked_subcommand is None:
         typer.echo(context.get_help())
+
+
+bench.command()(bench_ablation.ablation)
+bench.command()(bench_capacity.capacity)
+bench.command()(bench_learning.recall)
+bench.command()(bench_spectrum.spectrum)
+bench.command()(bench_learning.tracking)
 
 
 @bench.command()

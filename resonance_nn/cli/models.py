@@ -61,11 +61,11 @@ def describe_size(name: str, overrides: dict[str, Any]) -> dict[str, Any]:
     maps = ("embed.weight", "lm_head.weight")  # one and the same if tied
     embedding = sum(p.numel() for name, p in model.named_parameters() if name.endswith(maps))
     mixers: list[Mixer] = [block.mixer for block in cast("Any", model.model.backbone).blocks]
-    kinds = {type(mixer): mixer for mixer in mixers}  # layers of a kind have equal states
+    kinds = dict(zip(config.layer_mixers, mixers, strict=True))  # layers of a name have equal states
     state = {  # where the size is constant, counting it at one token spares 2²⁰ of them
         key: sum(
-            [type(m) for m in mixers].count(kind) * mixer.state_bytes(1 if kind.constant_state else context)
-            for kind, mixer in kinds.items()
+            config.layer_mixers.count(name) * mixer.state_bytes(1 if mixer.constant_state else context)
+            for name, mixer in kinds.items()
         )
         for key, context in CONTEXTS.items()
     }

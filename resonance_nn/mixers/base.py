@@ -69,9 +69,9 @@ class Mixer(nn.Module):
     """Base class. A mixer implements :meth:`mix` for right-padded batches; everything else follows."""
 
     causal: ClassVar[bool] = True
-    state_names: ClassVar[tuple[str, ...]] = ()  # the keys of a state
+    state_names: tuple[str, ...] = ()  # the keys of a state
     float32_parameters: ClassVar[tuple[str, ...]] = ()  # kept in float32 when a model is loaded in half precision
-    constant_state: ClassVar[bool] = True  # the state's size does not depend on the context
+    constant_state: bool = True  # the state's size does not depend on the context
 
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.models.causal_lm import ResonanceForCausalLM, ResonanceModel
+from resonance_nn.models.mamba2 import load_mamba2_layer, mamba2_config
 
 AutoConfig.register(ResonanceConfig.model_type, ResonanceConfig, exist_ok=True)
 AutoModel.register(ResonanceConfig, ResonanceModel, exist_ok=True)
@@ -12,4 +13,4 @@ AutoModelForCausalLM.register(ResonanceConfig, ResonanceForCausalLM, exist_ok=Tr
 # by this table of names transformers' Trainer knows whose labels are shifted inside (its label smoothing needs it)
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ResonanceConfig.model_type] = ResonanceForCausalLM.__name__
 
-__all__ = ["ResonanceForCausalLM", "ResonanceModel"]
+__all__ = ["ResonanceForCausalLM", "ResonanceModel", "load_mamba2_layer", "mamba2_config"]

@@ -15,7 +15,7 @@ from resonance_nn.backbone import Backbone, Block
 from resonance_nn.cache import ResonanceCache
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.layers import RMSNorm, ShortConv
-from resonance_nn.mixers import MIXERS, Mixer
+from resonance_nn.mixers import MIXERS, Mixer, mixer_class
 from resonance_nn.ops.cross_entropy import linear_cross_entropy, logits_cross_entropy
 
 
@@ -298,7 +298,7 @@ def refuse_non_causal(config: ResonanceConfig) -> None:
     """A causal model must not contain a mixer that sees the future."""
     causal = [name for name, mixer in MIXERS.items() if mixer.causal]
     for name in config.mixers:
-        if not MIXERS[name].causal:
+        if not mixer_class(name).causal:
             raise ValueError(
                 f"mixers = {config.mixers!r}: {name!r} sees the future (causal = False), so a language model with it "
                 f"would read its own answers; use {', '.join(causal)}, or an encoder"

@@ -196,9 +196,9 @@ def delta_rule_chunked(
     if cos is not None and sin is not None:
         G, H_ = (_turn(x, cos, sin, hermitian) for x in (G, H_))
     starts = []
-    for j in range(C):
+    for G_j, H_j in zip(G.unbind(1), H_.unbind(1), strict=True):  # unbind: the gradient of a slice would be a whole G
         starts.append(S)
-        S = torch.baddbmm(H_[:, j].flatten(0, 1), G[:, j].flatten(0, 1), S.flatten(0, 1)).view_as(S)
+        S = torch.baddbmm(H_j.flatten(0, 1), G_j.flatten(0, 1), S.flatten(0, 1)).view_as(S)
     y = M @ U
     if state is not None or C > 1:
         y = y + ((q * from_start).to(dtype) - M @ Z) @ torch.stack(starts, dim=1).to(dtype)

@@ -1,0 +1,252 @@
+"""What each option is worth: language models of equal size that differ in one setting, on the same batches of text."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.random import Generator
+
+from resonance_nn.bench.common import Row, result
+from resonance_nn.bench.learning import Plan, learn
+from resonance_nn.bench.speed import count
+from resonance_nn.bench.tasks import answer_loss
+from resonance_nn.config import ResonanceConfig
+from resonance_nn.data import TokenStore, find_documents, read_texts, split_documents, train_tokenizer
+from resonance_nn.data.synthetic import Batch
+from resonance_nn.evaluation import resolve_device
+from resonance_nn.models import ResonanceForCausalLM
+
+RESOLVENT = {"mixers": ("resolvent",)}
+HOLOGRAPHIC = {"mixers": ("holographic",)}
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """One question: the setting compared with, and the settings that differ from it."""
+
+    base: Mapping[str, Any]
+    variants: Mapping[str, Mapping[str, Any]]
+    seeds: int = 3
+
+
+ABLATIONS: dict[str, Ablation] = {
+    "spectral_gate": Ablation(
+        {"mixers": ("spectral_gate",)},
+        {
+            "frequency_mixing": {"frequency_mixing": True},
+            "mode_fraction 0.5": {"mode_fraction": 0.5},
+            "mode_fraction 0.15": {"mode_fraction": 0.15},
+            "entropy_weight 0.01": {"entropy_weight": 0.01},
+            "real modes": {"rotation": "none"},
+            "token angles": {"rotation": "token"},
+            "trapezoidal": {"trapezoidal": True},
+        },
+    ),
+    "prime_bump": Ablation(RESOLVENT, {"prime_bump": {"prime_bump": True}}, seeds=5),
+    "holographic": Ablation(
+        HOLOGRAPHIC,
+        {
+            "channel decays": {"decay": "channel"},
+            "erase and write gates": {"decay": "channel", "erase": "gated"},
+            "turning state": {"rotation": "token"},
+            "reflections": {"max_beta": 2.0},
+            "Hebbian": {"erase": "none"},
+        },
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TextTask:
+    """The next token of text: random windows to train on, the first windows of held-out files to measure."""
+
+    train: TokenStore
+    held_out: TokenStore
+    seq_len: int
+    vocab_size: int
+    cells: Mapping[str, None] = field(default_factory=lambda: {"held out": None})
+    watched: tuple[str, ...] = ("held out",)
+
+    def training_batch(self, rng: Generator, tokens: int) -> Batch:
+        """Windows that begin anywhere."""
+        starts = rng.integers(self.train.num_tokens - self.seq_len, size=max(1, tokens // self.seq_len))
+        return self._windows(self.train, starts)
+
+    @torch.no_grad()
+    def measure(self, model: Any, cell: str, rng: Generator, tokens: int) -> dict[str, float]:
+        """Mean cross-entropy in nats over at most ``tokens`` held-out tokens; the same ones for every model."""
+        training = model.training
+        model.eval()
+        windows = min(max(1, tokens // self.seq_len), (self.held_out.num_tokens - 1) // self.seq_len)
+        losses = []
+        for starts in torch.arange(windows).mul(self.seq_len).split(max(1, 8192 // self.seq_len)):
+            ids, targets = self._windows(self.held_out, starts.numpy())
+            loss = answer_loss(model, Batch(ids.to(model.device), targets.to(model.device)))[1]
+            losses.append(float(loss) * len(starts))
+        model.train(training)
+        return {"loss": sum(losses) / windows}
+
+    def reached(self, cells: Mapping[str, Mapping[str, float]], target: float) -> bool:
+        """A loss has no target: the budget is used up."""
+        return False
+
+    def _windows(self, store: TokenStore, starts: np.ndarray) -> Batch:
+        index = starts[:, None] + np.arange(self.seq_len + 1)
+        ids = torch.from_numpy(np.asarray(store.tokens)[index].astype(np.int64))
+        return Batch(ids[:, :-1], ids[:, 1:])
+
+
+@dataclass(frozen=True)
+class AblationOptions:
+    """What to run. ``seeds`` None means each question's own number."""
+
+    names: tuple[str, ...] = tuple(ABLATIONS)
+    output_dir: Path = Path("runs/bench-ablation")
+    data: tuple[str, ...] = ("stdlib",)
+    tokens: int = 1_000_000
+    seeds: int | None = None
+    hidden_size: int = 128
+    layers: int = 4
+    vocab_size: int = 2048
+    seq_len: int = 512
+    lr: float = 3e-3
+    tokens_per_batch: int = 4096
+    precision: str = "bf16"
+    device: str = "cpu"
+
+    def check(self) -> None:
+        """Raise ValueError naming the option, its value and what is allowed."""
+        unknown = [name for name in self.names if name not in ABLATIONS]
+        if unknown or not self.names:
+            raise ValueError(f"ablations = {self.names}: must be one or more of {', '.join(ABLATIONS)}")
+        for name in ("tokens", "hidden_size", "layers", "vocab_size", "seq_len", "tokens_per_batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} = {getattr(self, name)}: must be ≥ 1")
+        if self.seeds is not None and self.seeds < 1:
+            raise ValueError(f"seeds = {self.seeds}: must be ≥ 1")
+
+
+def run(
+    options: AblationOptions, *, resume: bool = False, progress: Callable[[float, str], None] = lambda share, what: None
+) -> dict[str, Any]:
+    """Train what is missing in ``output_dir`` and compare, each variant with its base, seed by seed.
+
+    ``progress`` is told the share done and what is being trained.
+    """
+    options.check()
+    task = _text(options)
+    plans = [
+        (name, label, fields, seed)
+        for name in options.names
+        for seed in range(options.seeds or ABLATIONS[name].seeds)
+        for label, fields in {"base": {}, **ABLATIONS[name].variants}.items()
+    ]
+    losses: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for i, (name, label, fields, seed) in enumerate(plans):
+        base = {**ABLATIONS[name].base}
+        config = sized(options, {**base, **fields}, reference=base)
+        plan = Plan(
+            lr=options.lr,
+            seed=seed,
+            steps=max(1, options.tokens // options.tokens_per_batch),
+            tokens_per_batch=options.tokens_per_batch,
+            eval_every=max(1, options.tokens // options.tokens_per_batch // 4),
+            precision=options.precision,
+            device=resolve_device(options.device),
+        )
+        outcome = learn(
+            options.output_dir / name / label.replace(" ", "-") / f"seed-{seed}",
+            task,
+            lambda config=config: ResonanceForCausalLM(config),
+            plan,
+            {"data": list(options.data), "seq_len": options.seq_len, "config": _fields(config)},
+            resume=resume,
+            report=lambda share, line, i=i, what=f"{name}: {label}, seed {seed}": progress(
+                (i + share) / len(plans), what
+            ),
+        )
+        losses.setdefault((name, label), []).append(outcome)
+    return result("ablation", _rows(options, losses), options.device, options=_described(options))
+
+
+def sized(options: AblationOptions, fields: Mapping[str, Any], reference: Mapping[str, Any]) -> ResonanceConfig:
+    """The config with ``fields``, its MLP as wide as makes the parameters equal to the reference's."""
+    common = {
+        "vocab_size": options.vocab_size,
+        "hidden_size": options.hidden_size,
+        "num_hidden_layers": options.layers,
+        "num_heads": max(1, options.hidden_size // 32),
+        "initial_context": options.seq_len,
+    }
+    reference_config = ResonanceConfig(**common, **reference)
+
+    def parameters(config: ResonanceConfig) -> int:
+        with torch.device("meta"):
+            return count(ResonanceForCausalLM(config))
+
+    config = ResonanceConfig(**common, **fields)
+    surplus = parameters(config) - parameters(reference_config)
+    width = reference_config.intermediate_size - round(surplus / (3 * options.hidden_size * options.layers))
+    return ResonanceConfig(**common, **{**fields, "intermediate_size": max(1, width)})
+
+
+def _text(options: AblationOptions) -> TextTask:
+    """The corpus as token ids under ``output_dir/data``, written once."""
+    documents = find_documents(list(options.data))
+    train, held_out = split_documents(documents)
+    tokenizer = train_tokenizer(read_texts(train), options.vocab_size, progress=False)
+    folder = options.output_dir / "data"
+    stores = [
+        TokenStore.build(part, tokenizer, folder / name) for part, name in ((train, "train"), (held_out, "held-out"))
+    ]
+    return TextTask(stores[0], stores[1], options.seq_len, options.vocab_size)
+
+
+def _rows(options: AblationOptions, losses: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[Row]:
+    rows = []
+    for (name, label), outcomes in losses.items():
+        ours = [outcome["cells"]["held out"]["loss"] for outcome in outcomes]
+        base = [outcome["cells"]["held out"]["loss"] for outcome in losses[name, "base"]]
+        difference = [a - b for a, b in zip(ours, base, strict=True)]
+        rows.append(
+            {
+                "case": f"{name}: {label}",
+                "metric": "held-out loss, nats a token",
+                "ours": statistics.mean(ours),
+                "peer": statistics.mean(base),
+                "peer_name": f"{name}: base",
+                "ratio": statistics.mean(ours) / statistics.mean(base),
+                "difference": statistics.mean(difference),
+                "interval": _interval(difference),
+                "losses": ours,
+                "parameters": outcomes[0]["parameters"],
+                "seconds": statistics.median(outcome["seconds"] for outcome in outcomes),
+            }
+        )
+    return rows
+
+
+T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t, 97.5%
+
+
+def _interval(differences: Sequence[float]) -> float | None:
+    """Half the 95% confidence interval of the mean of paired differences (Student's t); None for a single seed."""
+    n = len(differences)
+    if n < 2:
+        return None
+    return T95.get(n - 1, 1.96) * statistics.stdev(differences) / math.sqrt(n)
+
+
+def _fields(config: ResonanceConfig) -> dict[str, Any]:
+    return {name: getattr(config, name) for name in sorted(ResonanceConfig.architecture())}
+
+
+def _described(options: AblationOptions) -> dict[str, Any]:
+    return {**asdict(options), "output_dir": str(options.output_dir)}

@@ -1,0 +1,82 @@
+"""`bench ablation`: equal sizes, the same batches, differences seed by seed, resumed runs kept."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from resonance_nn.bench import ablation
+from resonance_nn.bench.speed import count
+from resonance_nn.cli import main
+from resonance_nn.models import ResonanceForCausalLM
+
+OPTIONS = ablation.AblationOptions(hidden_size=32, layers=2, vocab_size=300, seq_len=64)
+
+
+@pytest.mark.parametrize("name", ablation.ABLATIONS)
+def test_variants_have_the_parameters_of_their_base_and_train(name: str):
+    question = ablation.ABLATIONS[name]
+    options = ablation.AblationOptions()
+    with torch.device("meta"):
+        sizes = {
+            label: count(ResonanceForCausalLM(ablation.sized(options, {**question.base, **fields}, question.base)))
+            for label, fields in {"base": {}, **question.variants}.items()
+        }
+    assert all(abs(size / sizes["base"] - 1) < 0.01 for size in sizes.values()), sizes
+    for fields in question.variants.values():
+        config = ablation.sized(OPTIONS, {**question.base, **fields}, question.base)
+        ids = torch.randint(300, (1, 40))
+        ResonanceForCausalLM(config).train()(ids, labels=ids).loss.backward()
+
+
+def test_run_compares_with_the_base_and_resumes(tmp_path, monkeypatch):
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(30):
+        (text / f"{i}.txt").write_text(f"line {i} of many, each a little different\n" * 40)
+    monkeypatch.setitem(
+        ablation.ABLATIONS,
+        "spectral_gate",
+        ablation.Ablation({"mixers": ("spectral_gate",)}, {"real": {"rotation": "none"}}),
+    )
+    arguments = ["bench", "ablation", "--ablations", "spectral_gate", "--data", str(text), "--tokens", "20000"]
+    arguments += ["--seeds", "2", "--hidden-size", "32", "--layers", "1", "--vocab-size", "300", "--seq-len", "64"]
+    arguments += ["--output-dir", str(tmp_path / "runs"), "--json", str(tmp_path / "a.json")]
+    assert main(arguments) == 0
+    first = json.loads((tmp_path / "a.json").read_text())
+    base, real = first["rows"]
+    assert base["difference"] == 0
+    assert math.isclose(real["difference"], real["ours"] - base["ours"], abs_tol=1e-9)
+    assert len(real["losses"]) == 2
+    assert real["interval"] > 0
+    assert real["ours"] < math.log(300)
+    assert main([*arguments, "--resume"]) == 0
+    assert json.loads((tmp_path / "a.json").read_text())["rows"] == first["rows"]
+
+
+def test_held_out_loss_is_the_mean_cross_entropy(tmp_path):
+    text = tmp_path / "text"
+    text.mkdir()
+    for i in range(30):
+        (text / f"{i}.txt").write_text(f"line {i} of many\n" * 50)
+    task = ablation._text(ablation.AblationOptions(data=(str(text),), output_dir=tmp_path, vocab_size=300, seq_len=32))
+    model = ResonanceForCausalLM(ablation.sized(OPTIONS, {}, {})).eval()
+    batch = task.training_batch(np.random.default_rng(0), 320)
+    assert batch.input_ids.shape == (10, 32)
+    assert torch.equal(batch.input_ids[:, 1:], batch.targets[:, :-1])
+    windows = task._windows(task.held_out, np.arange(2) * 32)
+    with torch.no_grad():
+        logits = model(windows.input_ids).logits
+    expected = F.cross_entropy(logits.flatten(0, 1), windows.targets.flatten())
+    measured = task.measure(model, "held out", None, 64)["loss"]
+    assert abs(measured - float(expected)) < 1e-5
+
+
+def test_wrong_input_is_one_line(capsys):
+    assert main(["bench", "ablation", "--ablations", "nothing"]) == 2
+    assert "must be one or more of spectral_gate" in capsys.readouterr().err

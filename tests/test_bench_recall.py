@@ -1,0 +1,359 @@
+"""The suites that train: a stopped run goes on exactly, every model meets the same batches, and what is written says
+what was measured."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from contract import assert_causal, small_model
+from filelock import FileLock
+from torch import nn
+from torch.nn import functional as F
+
+from resonance_nn.bench import learning
+from resonance_nn.bench.contestants import CONTESTANTS, Shape, state_bytes
+from resonance_nn.bench.learning import Plan, learn
+from resonance_nn.bench.speed import count
+from resonance_nn.bench.sweep import Case, Sweep
+from resonance_nn.bench.tasks import accuracy, recall_task, tracking_task
+from resonance_nn.cli import main
+from resonance_nn.progress import TrainingInterrupted
+
+TASK = recall_task(32, (16, 32), (2, 4), (32, 4))
+PLAN = Plan(lr=3e-3, steps=12, tokens_per_batch=128, warmup=4, eval_every=5, precision="fp32")
+SMALL = Shape(hidden_size=64, layers=1, vocab_size=32, length=32, state_size=16)
+QUICK = ["--vocab-size", "32", "--lengths", "16,32", "--pairs", "2,4", "--watch", "32/4", "--hidden-size", "64"]
+QUICK += ["--layers", "1", "--tokens-per-batch", "64", "--state-sizes", "16", "--lrs", "1e-3", "--eval-every", "1"]
+
+
+def build(name: str = "holographic"):
+    return lambda: CONTESTANTS[name].build(SMALL)
+
+
+def without_clock(result: dict) -> dict:
+    curve = [{k: v for k, v in line.items() if k != "seconds"} for line in result["curve"]]
+    return {**result, "seconds": None, "curve": curve}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> tuple[Path, dict]:
+    """A run from beginning to end."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, learn(folder, TASK, build(), PLAN, {"name": "x"})
+
+
+def same_run(folder: Path, result: dict, whole: tuple[Path, dict]) -> None:
+    assert without_clock(result) == without_clock(whole[1])
+    weights = "model/model.safetensors"
+    assert (folder / weights).read_bytes() == (whole[0] / weights).read_bytes()
+    assert len((folder / "log.jsonl").read_text().splitlines()) == len(result["curve"])
+
+
+def test_interrupted_run_goes_on_exactly(tmp_path, whole, capsys):
+    steps = []
+
+    def interrupt(spent: float, line: dict) -> None:
+        steps.append(spent)
+        if len(steps) == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(TrainingInterrupted, match="step 7 of 12"):
+        learn(tmp_path, TASK, build(), PLAN, {"name": "x"}, report=interrupt)
+    assert not (tmp_path / "result.json").exists()
+    result = learn(tmp_path, TASK, build(), PLAN, {"name": "x"}, resume=True, report=lambda *now: steps.append(now[0]))
+    assert steps == pytest.approx([(i + 1) / 12 for i in range(12)])
+    same_run(tmp_path, result, whole)
+    assert not (tmp_path / "checkpoint.safetensors").exists()
+
+
+@pytest.mark.parametrize("killed_at", [2, 8, 11])
+def test_killed_run_goes_on_from_its_last_checkpoint(tmp_path, whole, monkeypatch, killed_at):
+    """Checkpoints at every fourth step at most; the log is cut back to the checkpoint, a half line in it too."""
+    clock = iter(range(100_000))
+    monkeypatch.setattr(learning.time, "perf_counter", lambda: float(next(clock)))
+    monkeypatch.setattr(learning, "SAVE_SECONDS", 10.0)
+    seen = []
+
+    def kill(spent: float, line: dict) -> None:
+        seen.append(spent)
+        if len(seen) == killed_at:
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        learn(tmp_path, TASK, build(), PLAN, {"name": "x"}, report=kill)
+    assert (tmp_path / "checkpoint.safetensors").exists() == (killed_at > 2)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 1')
+    same_run(tmp_path, learn(tmp_path, TASK, build(), PLAN, {"name": "x"}, resume=True), whole)
+
+
+def test_finished_run_is_not_repeated(whole):
+    folder, result = whole
+
+    def never():
+        raise AssertionError("built again")
+
+    assert learn(folder, TASK, never, PLAN, {"name": "x"}, resume=True) == result
+
+
+def test_resuming_with_other_settings_is_refused(whole):
+    for plan, settings, said in [
+        (replace(PLAN, lr=1e-3), {"name": "x"}, "lr was 0.003 and is 0.001"),
+        (PLAN, {"name": "y"}, "name was 'x' and is 'y'"),
+    ]:
+        with pytest.raises(ValueError, match=said):
+            learn(whole[0], TASK, build(), plan, settings, resume=True)
+
+
+def test_two_processes_do_not_share_a_run(tmp_path):
+    with FileLock(tmp_path / ".lock"), pytest.raises(ValueError, match="another process"):
+        learn(tmp_path, TASK, build(), PLAN, {})
+
+
+def test_every_model_and_rate_meets_the_same_batches(tmp_path, monkeypatch):
+    seen: dict[str, list] = {}
+
+    def record(name: str):
+        def loss(model, batch):
+            seen.setdefault(name, []).append(batch.input_ids)
+            return learning_loss(model, batch)
+
+        return loss
+
+    learning_loss = learning.answer_loss
+    for name, model, plan in [
+        ("a", "holographic", PLAN),
+        ("b", "resonance", replace(PLAN, lr=1e-2, steps=6)),
+        ("c", "holographic", replace(PLAN, seed=1, steps=6)),
+    ]:
+        monkeypatch.setattr(learning, "answer_loss", record(name))
+        learn(tmp_path / name, TASK, build(model), plan, {})
+    assert all(torch.equal(a, b) for a, b in zip(seen["a"], seen["b"], strict=False))
+    assert not all(torch.equal(a, c) for a, c in zip(seen["a"], seen["c"], strict=False))
+    assert len({tuple(ids.shape) for ids in seen["a"]}) > 1  # lengths are mixed
+
+
+def test_a_run_ends_when_the_target_is_reached_twice_or_the_loss_is_lost(tmp_path):
+    parity = tracking_task("parity", (16,), (16,))  # half of the guesses are right
+    result = learn(tmp_path / "a", parity, build(), replace(PLAN, target=0.1, eval_every=2), {})
+    assert (result["stopped"], result["steps"]) == ("reached", 4)
+    result = learn(tmp_path / "b", TASK, build(), replace(PLAN, lr=1e30, warmup=0), {})
+    assert (result["stopped"], result["steps"], result["curve"][-1]["loss"]) == ("diverged", 5, None)
+    json.dumps(result, allow_nan=False)
+
+
+def test_schedule():
+    plan = Plan(lr=1.0, steps=100, warmup=10)
+    rates = [plan.rate(step, 0.0) for step in range(100)]
+    assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
+    assert rates[10:80] == [1.0] * 70
+    assert rates[80:] == pytest.approx([1 - i / 20 for i in range(20)])
+    by_clock = replace(plan, minutes=1.0)
+    assert by_clock.spent(50, 45.0) == 0.75
+    assert by_clock.rate(50, 54.0) == pytest.approx(0.5)
+
+
+def test_decay_is_on_linear_maps_and_embeddings_only(tmp_path):
+    model = CONTESTANTS["spectral_gate"].build(SMALL)
+    run = learning._Run(tmp_path, TASK, lambda: model, PLAN)
+    decayed = {id(p) for p in run.optimizer.param_groups[0]["params"]}
+    assert id(model.model.backbone.blocks[0].mixer.frequency) not in decayed
+    assert id(model.get_input_embeddings().weight) in decayed
+    assert sum(len(group["params"]) for group in run.optimizer.param_groups) == len(list(model.parameters()))
+
+
+class Stub(nn.Module):
+    """Answers as ``function`` says: hidden states are the answers, one-hot."""
+
+    def __init__(self, function, vocab_size: int) -> None:
+        super().__init__()
+        self.function, self.vocab_size, self.lm_head, self.device = function, vocab_size, nn.Identity(), "cpu"
+
+    def base_model(self, input_ids, use_cache):
+        hidden = F.one_hot(self.function(input_ids), self.vocab_size).float()
+        return SimpleNamespace(last_hidden_state=hidden)
+
+
+def first_value(ids):
+    """After the first occurrence of each token stands the answer."""
+    answers = ids.clone()
+    for row, line in enumerate(ids.tolist()):
+        for t, token in enumerate(line):
+            answers[row, t] = line[min(line.index(token) + 1, t)]
+    return answers
+
+
+def test_who_reads_the_sequence_answers_all():
+    for cell, draw in recall_task(64, (64, 128), (4, 16), (64, 16), fillers="any").cells.items():
+        assert accuracy(Stub(first_value, 64), draw, np.random.default_rng(0), 20) == {"accuracy": 1.0}, cell
+        wrong = accuracy(Stub(lambda ids: ids, 64), draw, np.random.default_rng(0), 20)
+        assert wrong["accuracy"] == 0
+
+
+def test_accuracy_by_position():
+    """Right up to token 64 only: a share 64/128 of all, nothing of the last quarter."""
+    parity = Stub(lambda ids: (ids.cumsum(1) + (torch.arange(ids.shape[1]) >= 64)) % 2, 2)
+    cells = tracking_task("parity", (64,), (64, 128)).cells
+    rng = np.random.default_rng(0)
+    assert accuracy(parity, cells["parity 64"], rng, 50) == {"accuracy": 1.0, "last_quarter": 1.0}
+    assert accuracy(parity, cells["parity 128"], rng, 50, tokens=300) == {"accuracy": 0.5, "last_quarter": 0.0}
+
+
+def test_auxiliary_losses_are_minimised_but_not_reported():
+    model = small_model(("spectral_gate",), entropy_weight=1.0).train()
+    task = recall_task(60, (32,), (4,), (32, 4))
+    batch = task.training_batch(np.random.default_rng(0), 256)
+    objective, loss = learning.answer_loss(model, batch)
+    expected = model(input_ids=batch.input_ids, labels=batch.labels)
+    assert objective.item() == pytest.approx(expected.loss.item(), rel=1e-5)
+    assert (objective - loss).item() == pytest.approx(expected.aux_loss.item(), rel=1e-4)
+    assert loss < objective
+
+
+@pytest.mark.parametrize("name", CONTESTANTS)
+def test_contestants(name):
+    """Every one builds and is causal; those with a state keep K reals a channel beside the convolution's tail."""
+    shape = Shape(hidden_size=64, layers=2, vocab_size=50, state_size=16, length=64)
+    model = CONTESTANTS[name].build(shape)
+    assert model.config.vocab_size == 50
+    if not CONTESTANTS[name].has_state_size:
+        assert state_bytes(model, 64) in (2 * 2 * 64 * 64 * 4, 2 * 2 * 64 * 64 * 4 + 2 * 8)  # ours counts the length
+        return
+    assert_causal(model)
+    tail = 0
+    for block in model.model.backbone.blocks:
+        _, state = block.mixer(torch.randn(1, 4, 64, dtype=torch.float64), return_state=True)
+        tail += state["conv"].numel() * 4
+    assert state_bytes(model.float(), 64) - tail == 2 * 16 * 64 * 4
+
+
+def test_llama_is_of_equal_size():
+    for V in (512, 8192):
+        shape = Shape(vocab_size=V)
+        ours, llama = (CONTESTANTS[name].build(shape) for name in ("spectral_gate", "llama"))
+        assert abs(count(llama) / count(ours) - 1) < 0.02
+        assert llama.config._attn_implementation == "sdpa"
+        assert llama.model.embed_tokens.weight.std().item() == pytest.approx(shape.initializer_range, rel=0.02)
+
+
+def test_a_sweep_has_each_run_once():
+    sweep = Sweep(("llama", "holographic"), (16, 32), (1e-3, 3e-3), (0, 1))
+    cases = list(sweep.cases(("recall",)))
+    assert len(cases) == len(set(cases)) == 2 * 2 * (1 + 2)
+    assert len({case.folder for case in cases}) == len(cases)
+    assert cases[0] == Case("recall", "llama", None, 1e-3, 0)
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory) -> tuple[Path, dict]:
+    """What the command leaves behind."""
+    folder = tmp_path_factory.mktemp("recall")
+    files = ["--json", str(folder / "r.json"), "--plot", str(folder / "r.png"), "--output-dir", str(folder / "runs")]
+    assert main(["bench", "recall", "--models", "llama,resonance", "--steps", "2", *QUICK, *files]) == 0
+    return folder, json.loads((folder / "r.json").read_text())
+
+
+def test_recall_writes_json_and_plot(written):
+    folder, payload = written
+    assert set(payload) == {"suite", "machine", "versions", "options", "rows", "runs"}
+    assert payload["suite"] == "recall"
+    assert payload["options"]["vocab_size"] == 32
+    llama, ours = payload["rows"]
+    assert {"case", "metric", "ours", "peer", "peer_name", "ratio"} < set(ours)
+    assert ours["metric"] == "accuracy at 32/4"
+    assert ours["peer"] == llama["ours"] == payload["runs"][0]["cells"]["32/4"]["accuracy"]
+    assert set(ours["cells"]) == {"16/2", "16/4", "32/2", "32/4"}
+    assert (ours["state_size"], ours["lr"], ours["steps"], ours["stopped"]) == (16, 1e-3, 2, "budget")
+    assert ours["state_bytes"] == 64 * 16 * 4 + 3 * 64 * 4
+    assert llama["state_bytes"] == 2 * 64 * 32 * 4
+    assert [line["step"] for line in payload["runs"][1]["curve"]] == [1, 2]
+    assert (folder / "r.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_recall_keeps_what_is_finished(written, tmp_path, capsys):
+    folder, payload = written
+    command = ["bench", "recall", "--steps", "2", *QUICK, "--output-dir", str(folder / "runs")]
+    assert main([*command, "--models", "llama,resonance"]) == 2
+    assert "--resume" in capsys.readouterr().err
+    before = (folder / "runs" / "recall-llama-lr0.001-seed0" / "result.json").stat().st_mtime_ns
+    again = ["--models", "llama,resonance,holographic", "--resume", "--json", str(tmp_path / "r.json")]
+    assert main([*command, *again]) == 0
+    out = capsys.readouterr().out
+    assert "holographic" in out
+    assert "as it comes" in out
+    assert (folder / "runs" / "recall-llama-lr0.001-seed0" / "result.json").stat().st_mtime_ns == before
+    assert json.loads((tmp_path / "r.json").read_text())["runs"][:2] == payload["runs"]
+    assert main([*command[:3], "3", *command[4:], "--models", "llama", "--resume"]) == 2
+    assert "steps was 2 and is 3" in capsys.readouterr().err
+
+
+def test_tracking_writes_json_and_plot(tmp_path, capsys):
+    files = ["--json", "-", "--plot", str(tmp_path / "t.png"), "--output-dir", str(tmp_path / "runs")]
+    lengths = ["--train-lengths", "16", "--lengths", "16,32", *QUICK[:2], *QUICK[4:]]
+    command = ["bench", "tracking", "--tasks", "parity,both", "--models", "spectral_gate_token", "--steps", "1"]
+    assert main([*command, *lengths, *files]) == 0
+    payload = json.loads(capsys.readouterr().out)
+    assert [row["cell"] for row in payload["rows"]] == ["parity 32", "32/4", "parity 32"]
+    assert set(payload["runs"][0]["cells"]) == {"parity 16", "parity 32"}
+    assert set(payload["runs"][0]["cells"]["parity 32"]) == {"accuracy", "last_quarter"}
+    assert {"16/2", "32/4", "parity 32"} < set(payload["runs"][1]["cells"])
+    assert payload["rows"][0]["peer"] is None
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["recall", "--models", "bogus"],
+        ["recall", "--models", "llama,llama"],
+        ["recall", "--lrs", "x"],
+        ["recall", "--lrs", "0"],
+        ["recall", "--lrs", "nan"],
+        ["recall", "--seeds", "-1"],
+        ["recall", "--state-sizes", "7"],
+        ["recall", "--state-sizes", ""],
+        ["recall", "--steps", "0"],
+        ["recall", "--minutes", "0"],
+        ["recall", "--lengths", "100", "--pairs", "26"],
+        ["recall", "--watch", "256"],
+        ["recall", "--watch", "256/128"],
+        ["recall", "--vocab-size", "100"],
+        ["recall", "--fillers", "none"],
+        ["recall", "--dtype", "int8"],
+        ["recall", "--threads", "0"],
+        ["recall", "--hidden-size", "4"],
+        ["recall", "--resume", "--overwrite"],
+        ["recall", "--plot", "/no/such/folder/plot.png"],
+        ["recall", "--device", "nonsense"],
+        ["tracking", "--tasks", "bogus"],
+        ["tracking", "--tasks", "parity,parity"],
+        ["tracking", "--lengths", "3"],
+        ["tracking", "--train-lengths", ""],
+    ],
+)
+def test_wrong_arguments(arguments, tmp_path, capsys):
+    folder = tmp_path / "runs"
+    assert main(["bench", *arguments, "--output-dir", str(folder)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not folder.exists()
+
+
+@pytest.mark.slow
+def test_attention_learns_to_recall(tmp_path):
+    task = recall_task(64, (64,), (4, 8), (64, 8))
+    plan = Plan(lr=1e-3, steps=800, target=0.98)
+    shape = Shape(vocab_size=64, length=64, initializer_range=0.02)
+    result = learn(tmp_path, task, lambda: CONTESTANTS["attention"].build(shape), plan, {})
+    assert result["stopped"] == "reached"
+    assert result["cells"]["64/8"]["accuracy"] > 0.97
