@@ -22,6 +22,10 @@ from resonance_nn.cli.common import check_output, console_for, stderr_console, w
 from resonance_nn.data import train_tokenizer
 
 COMMON_SAMPLING = "--temperature --top-k --top-p --min-p --repetition-penalty --greedy --seed"
+COMMON_LEARNING = (
+    "--models --state-sizes --lrs --seeds --steps --minutes --hidden-size --layers --heads --tokens-per-batch "
+    "--eval-every --target --dtype --threads --device --output-dir --resume --overwrite --json --plot"
+)
 FLAGS = {
     "": "--version",
     "train": "--data --output-dir --eval-data --text-field --binary --size --mixers --vocab-size --tokenizer --init "
@@ -38,7 +42,9 @@ FLAGS = {
     "bench ablation": "--ablations --data --tokens --seeds --hidden-size --layers --vocab-size --seq-len --lr "
     "--threads --device --output-dir --resume --json",
     "bench capacity": "--dims --pairs --trials --seed --full --json --plot",
+    "bench recall": f"--full --vocab-size --lengths --pairs --watch --fillers {COMMON_LEARNING}",
     "bench spectrum": "--data --tokens --window --device --json --plot",
+    "bench tracking": f"--tasks --train-lengths --lengths --vocab-size --pairs --watch --fillers {COMMON_LEARNING}",
     "bench speed": "--lengths --hidden-size --layers --vocab-size --mixers --tokens-per-batch --repeats --dtype "
     "--forward-only --device --json --plot",
 }

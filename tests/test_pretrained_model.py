@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from resonance_nn import ResonanceCache, ResonanceConfig, ResonanceForCausalLM, ResonanceModel
+from resonance_nn.mixers import MIXERS
 
 stacks = pytest.mark.parametrize("mixers", STACKS.values(), ids=STACKS)
 
@@ -128,8 +129,10 @@ def test_half_precision_weights_keep_their_resonators(mixers: tuple[str, ...], d
     ids = torch.randint(0, 61, (1, 2000))
     with torch.no_grad():
         assert relative(half(ids).logits.float(), exact(ids).logits) < 0.05
+    declared = {name for mixer in MIXERS.values() for name in mixer.float32_parameters}
+    assert declared >= {"damping", "frequency", "gain", "phase", "step_bias", "step_proj", "energy"}
     for name, p in half.named_parameters():
-        wide = name.split(".")[-1] in ("damping", "frequency", "gain", "phase", "step_bias") or "step_proj" in name
+        wide = not declared.isdisjoint(name.split("."))
         assert p.dtype == (torch.float32 if wide else dtype), name
 
 
