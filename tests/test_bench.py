@@ -11,6 +11,7 @@ from resonance_nn import ResonanceConfig, ResonanceForCausalLM
 from resonance_nn.bench import common
 from resonance_nn.bench.speed import SpeedOptions, build, check_causal, count, run
 from resonance_nn.cli import main
+from resonance_nn.mixers import MIXERS
 
 SMALL = SpeedOptions(lengths=(32, 64), hidden_size=64, layers=2, vocab_size=300, repeats=2, tokens_per_batch=128)
 
@@ -112,3 +113,13 @@ def test_wrong_arguments(arguments, capsys):
     assert out == ""
     assert err.startswith("error: ")
     assert err.count("\n") == 1
+
+
+def test_mixers_suite_covers_every_causal_mixer(tmp_path):
+    arguments = ["bench", "mixers", "--length", "32", "--hidden-size", "32", "--layers", "1", "--repeats", "1"]
+    assert main([*arguments, "--tokens-per-batch", "32", "--device", "cpu", "--json", str(tmp_path / "m.json")]) == 0
+    rows = json.loads((tmp_path / "m.json").read_text())["rows"]
+    assert {row["case"] for row in rows} >= {name for name, mixer in MIXERS.items() if mixer.causal}
+    base = next(row for row in rows if row["case"] == "spectral_gate")
+    assert base["ratio"] == base["decode_ratio"] == 1
+    assert all(min(row["ours"], row["decode_ms"], row["state_bytes"]) > 0 for row in rows)

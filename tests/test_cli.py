@@ -42,6 +42,7 @@ FLAGS = {
     "bench ablation": "--ablations --data --tokens --seeds --hidden-size --layers --vocab-size --seq-len --lr "
     "--threads --device --output-dir --resume --json",
     "bench capacity": "--dims --pairs --trials --seed --full --json --plot",
+    "bench mixers": "--length --hidden-size --layers --repeats --tokens-per-batch --dtype --device --json",
     "bench recall": f"--full --vocab-size --lengths --pairs --watch --fillers {COMMON_LEARNING}",
     "bench spectrum": "--data --tokens --window --device --json --plot",
     "bench tracking": f"--tasks --train-lengths --lengths --vocab-size --pairs --watch --fillers {COMMON_LEARNING}",

@@ -66,7 +66,7 @@ def run(options: SpeedOptions, progress: Callable[[int, int], None] = lambda don
     for length in options.lengths:
         batch = max(1, options.tokens_per_batch // length)
         ids = torch.randint(options.vocab_size, (batch, length), device=options.device)
-        steps = {"ours": _step(ours, ids, options), "peer": _step(peer, ids, options)}
+        steps = {"ours": training_step(ours, ids, options), "peer": training_step(peer, ids, options)}
         seconds = interleaved(steps, options.repeats, advance)
         metric = "forward tokens/s" if options.forward_only else "training tokens/s"
         more = {"length": length, "batch": batch, "seconds": seconds}
@@ -137,7 +137,8 @@ def check_causal(model: nn.Module, vocab_size: int, length: int = 96) -> None:
     model.train(training)
 
 
-def _step(model: nn.Module, ids: Tensor, options: SpeedOptions) -> Callable[[], None]:
+def training_step(model: nn.Module, ids: Tensor, options: SpeedOptions) -> Callable[[], None]:
+    """A call that runs a training step (or the forward pass alone) and waits for it."""
     kind = torch.device(options.device).type
 
     def step() -> None:

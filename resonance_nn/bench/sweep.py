@@ -115,7 +115,7 @@ class Sweep:
             settings[case]["shape"] = asdict(shape)
             with torch.device("meta"):
                 model = contestant.build(shape)
-            sizes[case] = state_bytes(model, shape.length)
+            sizes[case] = state_bytes(model, max(task.cells[cell].length for cell in task.watched))
         for case in cases:
             path = folder / case.folder
             if self.resume:

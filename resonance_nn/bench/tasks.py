@@ -81,8 +81,8 @@ def recall_task(
 ) -> Task:
     """Every (length, pairs) with length ≥ 4·pairs, mixed from the start, and a held-out cell of each.
 
-    A batch is of one (length, pairs), chosen in proportion to 1/length: short sequences show the task first. In equal
-    shares attention was still guessing after a budget in which this passed 90% (docs/bench_recall.md).
+    A batch is of one (length, pairs), chosen in proportion to 1/length: short sequences show the task first, and more
+    of them fit into a batch.
 
     Raises:
         ValueError: nothing fits, or the watched cell is not one of them.

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from resonance_nn.cli import bench_ablation, bench_capacity, bench_learning, bench_spectrum
+from resonance_nn.cli import bench_ablation, bench_capacity, bench_learning, bench_mixers, bench_spectrum
 from resonance_nn.cli.common import (
     DeviceOption,
     JsonOption,
@@ -29,6 +29,7 @@ def suites(context: typer.Context) -> None:
 
 bench.command()(bench_ablation.ablation)
 bench.command()(bench_capacity.capacity)
+bench.command()(bench_mixers.mixers)
 bench.command()(bench_learning.recall)
 bench.command()(bench_spectrum.spectrum)
 bench.command()(bench_learning.tracking)
