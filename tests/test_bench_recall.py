@@ -295,6 +295,22 @@ def test_recall_keeps_what_is_finished(written, tmp_path, capsys):
     assert "steps was 2 and is 3" in capsys.readouterr().err
 
 
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise TrainingInterrupted(7, 12)
+
+    monkeypatch.setattr("resonance_nn.bench.sweep.learn", interrupted)
+    arguments = ["bench", "recall", "--models", "resonance", *QUICK, "--output-dir", str(tmp_path), "--overwrite"]
+    monkeypatch.setattr("sys.argv", ["resonance", *arguments])
+    assert main(arguments) == 130
+    err = capsys.readouterr().err
+    assert "after step 7" in err
+    command = err.split("Go on with: ")[1]
+    assert command.startswith("resonance bench recall --models resonance")
+    assert "--resume" in command
+    assert "--overwrite" not in command
+
+
 def test_tracking_writes_json_and_plot(tmp_path, capsys):
     files = ["--json", "-", "--plot", str(tmp_path / "t.png"), "--output-dir", str(tmp_path / "runs")]
     lengths = ["--train-lengths", "16", "--lengths", "16,32", *QUICK[:2], *QUICK[4:]]

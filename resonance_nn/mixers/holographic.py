@@ -88,7 +88,8 @@ class HolographicMixer(Mixer):
 
     def initial_values(self) -> dict[str, Tensor]:
         """δ = 1; time constants log-spaced, over the heads or over each head's channels, from 4 tokens to the longest
-        context; ω_n = π/8 · context^(−n/N) as in ``spectral_gate``."""
+        context; ω_n = 2π/context · n/N, at most a turn in the longest context: a key must still meet itself where it
+        is asked for, and what tokens need to turn they learn."""
         H, N = self.num_heads, self.num_modes
         shortest = min(4.0, self.longest)
 
@@ -105,7 +106,7 @@ class HolographicMixer(Mixer):
             share = rates(self.decay_channels) / -MIN_LOG_DECAY
             values["decay_bias"] = torch.logit(share).expand(H, -1)
         if self.turns:
-            omega = math.pi / 8 * torch.exp(-math.log(self.longest) * torch.arange(N, dtype=torch.float64) / N)
+            omega = 2 * math.pi / self.longest * torch.arange(N, dtype=torch.float64) / N
             values["frequency"] = omega.expand(H, N)
         return values
 
