@@ -104,7 +104,7 @@ def recall_task(
     return Task(vocab_size, tuple(cells.values()), cells, (recall_cell(*watched),))
 
 
-def tracking_task(name: str, train_lengths: Sequence[int] = (64,), lengths: Sequence[int] = LENGTHS) -> Task:
+def tracking_task(name: str, train_lengths: Sequence[int], lengths: Sequence[int] = LENGTHS) -> Task:
     """A task of ``TRACKING``, trained on batches of the train lengths in equal shares, held out at each of ``lengths``;
     the longest is watched.
 

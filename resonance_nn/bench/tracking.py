@@ -21,7 +21,7 @@ class TrackingOptions:
     """Which of ``TRACKING``, or "both"; the lengths of training sequences, and those asked at; the recall in "both"."""
 
     tasks: Sequence[str] = ("parity", "sum5")
-    train_lengths: Sequence[int] = (64,)
+    train_lengths: Sequence[int] = (8, 16, 32, 64)
     lengths: Sequence[int] = LENGTHS
     recall: RecallOptions = field(default_factory=RecallOptions)
 

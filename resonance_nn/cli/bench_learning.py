@@ -109,7 +109,7 @@ def tracking(
     seeds: Seeds = "0",
     steps: Steps = None,
     minutes: Minutes = None,
-    train_lengths: Annotated[str, typer.Option(help="Of training sequences, by commas.")] = "64",
+    train_lengths: Annotated[str, typer.Option(help="Of training sequences, by commas.")] = "8,16,32,64",
     lengths: Annotated[str, typer.Option(help="Of sequences to be asked at, by commas.")] = "64,128,256,512",
     vocab_size: Annotated[int, typer.Option(help="Of the recall in both.")] = 512,
     pairs: Pairs = "4,8,16,32,64",
