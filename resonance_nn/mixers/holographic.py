@@ -89,7 +89,7 @@ class HolographicMixer(Mixer):
     def initial_values(self) -> dict[str, Tensor]:
         """δ = 1; time constants log-spaced, over the heads or over each head's channels, from 4 tokens to the longest
         context; ω_n = 2π/context · n/N, at most a turn in the longest context: a key must still meet itself where it
-        is asked for, and what tokens need to turn they learn."""
+        is asked for, and tokens learn to turn from no angle of their own."""
         H, N = self.num_heads, self.num_modes
         shortest = min(4.0, self.longest)
 
@@ -108,6 +108,8 @@ class HolographicMixer(Mixer):
         if self.turns:
             omega = 2 * math.pi / self.longest * torch.arange(N, dtype=torch.float64) / N
             values["frequency"] = omega.expand(H, N)
+        if self.rotation == "token":
+            values["angle_proj.weight"] = torch.zeros(H, self.hidden_size)
         return values
 
     def mix(
