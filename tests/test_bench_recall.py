@@ -289,6 +289,7 @@ def test_recall_keeps_what_is_finished(written, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "holographic" in out
     assert "as it comes" in out
+    assert "…" not in out
     assert (folder / "runs" / "recall-llama-lr0.001-seed0" / "result.json").stat().st_mtime_ns == before
     assert json.loads((tmp_path / "r.json").read_text())["runs"][:2] == payload["runs"]
     assert main([*command[:3], "3", *command[4:], "--models", "llama", "--resume"]) == 2

@@ -186,9 +186,10 @@ def mean(runs: Sequence[Mapping[str, Any]], cell: str, measure: str = "accuracy"
 def table(runs: Sequence[Mapping[str, Any]], cells: Sequence[str], title: str) -> Table:
     """The runs for people: accuracies at ``cells`` in percent, and after a stroke those of the last quarter."""
     several = [name for name in ("task", "seed") if len({run[name] for run in runs}) > 1]
-    view = Table("model", title=title, highlight=False, box=SIMPLE, padding=(0, 1))
+    view = Table(title=title, highlight=False, box=SIMPLE, padding=(0, 1))
+    view.add_column("model", overflow="fold")
     for heading in (*several, "K", "state", "parameters", "rate", "steps", "minutes", "ended", *cells):
-        view.add_column(heading, justify="right")
+        view.add_column(heading, justify="right", overflow="fold")
     for run in runs:
         shown = [" / ".join(f"{100 * v:.2f}" for v in run["cells"].get(cell, {}).values()) for cell in cells]
         view.add_row(
