@@ -205,10 +205,18 @@ class ResonanceConfig(PreTrainedConfig):
         return super().from_dict({**config_dict, **overrides}, **kwargs)
 
     @classmethod
+    def own_fields(cls) -> set[str]:
+        """The fields that are ours, not those of every `transformers` config."""
+        return set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
+
+    @classmethod
     def architecture(cls) -> set[str]:
         """The fields that change what a model with given weights computes in evaluation."""
-        own = set(cls.__dataclass_fields__) - set(PreTrainedConfig.__dataclass_fields__)
-        return own - TRAINING_FIELDS - {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "chunk_size"}
+        return (
+            cls.own_fields()
+            - TRAINING_FIELDS
+            - {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "chunk_size"}
+        )
 
     @property
     def layer_mixers(self) -> tuple[str, ...]:

@@ -43,6 +43,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [  # every causal mixer as it comes
     ("holographic", {"erase": "gated", "decay": "channel"}),
     ("holographic", {"erase": "gated", "decay": "channel", "rotation": "step"}),
     ("holographic", {"erase": "hermitian", "decay": "none", "rotation": "step"}),
+    ("holographic", {"erase": "hermitian", "decay": "channel"}),
     ("holographic", {"erase": "none"}),
     ("hrr", {"num_traces": 3}),
     ("resolvent", {"prime_bump": True, "prime_bump_limit": 100}),

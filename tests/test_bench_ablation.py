@@ -64,7 +64,9 @@ def test_held_out_loss_is_the_mean_cross_entropy(tmp_path):
     text.mkdir()
     for i in range(30):
         (text / f"{i}.txt").write_text(f"line {i} of many\n" * 50)
-    task = ablation._text(ablation.AblationOptions(data=(str(text),), output_dir=tmp_path, vocab_size=300, seq_len=32))
+    task = ablation._text(
+        ablation.AblationOptions(data=(str(text),), output_dir=tmp_path / "runs", vocab_size=300, seq_len=32)
+    )
     model = ResonanceForCausalLM(ablation.sized(OPTIONS, {}, {})).eval()
     batch = task.training_batch(np.random.default_rng(0), 320)
     assert batch.input_ids.shape == (10, 32)
@@ -80,3 +82,18 @@ def test_held_out_loss_is_the_mean_cross_entropy(tmp_path):
 def test_wrong_input_is_one_line(capsys):
     assert main(["bench", "ablation", "--ablations", "nothing"]) == 2
     assert "must be one or more of spectral_gate" in capsys.readouterr().err
+
+
+def test_runs_are_not_overwritten_unasked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(ablation.ABLATIONS, "spectral_gate", ablation.Ablation({"mixers": ("spectral_gate",)}, {}))
+    (tmp_path / "a.txt").write_text("some text\n" * 400)
+    (tmp_path / "b.txt").write_text("other text\n" * 400)
+    arguments = ["bench", "ablation", "--ablations", "spectral_gate", "--data", str(tmp_path), "--tokens", "4096"]
+    arguments += ["--seeds", "1", "--hidden-size", "32", "--layers", "1", "--vocab-size", "300", "--seq-len", "64"]
+    arguments += ["--output-dir", str(tmp_path / "runs")]
+    assert main(arguments) == 0
+    assert main(arguments) == 2
+    assert "--resume keeps what is finished" in capsys.readouterr().err
+    assert main([*arguments, "--resume", "--lr", "1e-3"]) == 2
+    assert "lr was 0.003 and is 0.001" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--lr", "1e-3"]) == 0

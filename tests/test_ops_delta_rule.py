@@ -23,6 +23,7 @@ FORMS = {
     "turning_channel": {"turning": True, "channel": True, "min_log_decay": -5.0},
     "hermitian": {"turning": True, "hermitian": True},
     "hermitian_channel": {"turning": True, "hermitian": True, "channel": True},
+    "hermitian_channel_still": {"hermitian": True, "channel": True},
 }
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -33,7 +34,7 @@ def inputs(L, form, dtype=torch.float64, B=2, H=3, P=5, N=4, strength=1.0):
     v = torch.randn(B, L, H, P, dtype=dtype)
     k, q = (F.normalize(torch.randn(B, L, H, K, dtype=dtype), dim=-1) for _ in range(2))
     erase = strength * torch.rand(B, L, H, K, dtype=dtype) * k
-    shape = (B, L, H, N if turning else K) if channel else (B, L, H)
+    shape = (B, L, H, N if turning or form.get("hermitian") else K) if channel else (B, L, H)
     log_decay = -4.9 * torch.rand(shape, dtype=dtype) ** 4
     angle = 4 * torch.randn(B, L, H, N, dtype=dtype) if turning else None
     tensors = [t for t in (v, k, q, erase, log_decay, angle) if t is not None]
@@ -144,6 +145,14 @@ def test_exact_recall_of_orthonormal_keys(turning):
         re, im = keys.chunk(2, -1)
         at_end = torch.cat((re * theta.cos() - im * theta.sin(), re * theta.sin() + im * theta.cos()), -1)
     assert relative(at_end @ S[0, 0], values[1]) < 1e-12
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_outputs_keep_the_values_dtype(name):
+    (v, *rest), _, keywords = inputs(70, FORMS[name])
+    v, *rest = (None if t is None else t.detach().bfloat16() for t in (v, *rest))
+    y, S = delta_rule_chunked(v, *rest, **keywords)
+    assert (y.dtype, S.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_hermitian_form_is_the_complex_recurrence():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from numpy.random import Generator
 
 from resonance_nn.bench.common import Row, result
-from resonance_nn.bench.learning import Plan, learn
+from resonance_nn.bench.learning import Plan, learn, prepare
 from resonance_nn.bench.speed import count
 from resonance_nn.bench.tasks import answer_loss
 from resonance_nn.config import ResonanceConfig
@@ -133,47 +133,77 @@ class AblationOptions:
             raise ValueError(f"seeds = {self.seeds}: must be ≥ 1")
 
 
+@dataclass(frozen=True)
+class Run:
+    """One model to train: a setting of a question, by one seed."""
+
+    name: str
+    label: str
+    config: ResonanceConfig
+    plan: Plan
+
+    @property
+    def folder(self) -> str:
+        return f"{self.name}/{self.label.replace(' ', '-')}/seed-{self.plan.seed}"
+
+
 def run(
-    options: AblationOptions, *, resume: bool = False, progress: Callable[[float, str], None] = lambda share, what: None
+    options: AblationOptions,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    progress: Callable[[float, str], None] = lambda share, what: None,
 ) -> dict[str, Any]:
     """Train what is missing in ``output_dir`` and compare, each variant with its base, seed by seed.
 
     ``progress`` is told the share done and what is being trained.
+
+    Raises:
+        ValueError: as :meth:`AblationOptions.check`; a folder with runs and neither flag, or with other ones.
     """
     options.check()
+    runs = list(_runs(options))
+    settings = {
+        run.folder: {"data": list(options.data), "seq_len": options.seq_len, "config": _fields(run.config)}
+        for run in runs
+    }
+    described = {run.folder: {**settings[run.folder], "plan": asdict(run.plan)} for run in runs}
+    prepare(options.output_dir, described, resume=resume, overwrite=overwrite)
     task = _text(options)
-    plans = [
-        (name, label, fields, seed)
-        for name in options.names
-        for seed in range(options.seeds or ABLATIONS[name].seeds)
-        for label, fields in {"base": {}, **ABLATIONS[name].variants}.items()
-    ]
     losses: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for i, (name, label, fields, seed) in enumerate(plans):
-        base = {**ABLATIONS[name].base}
-        config = sized(options, {**base, **fields}, reference=base)
-        plan = Plan(
-            lr=options.lr,
-            seed=seed,
-            steps=max(1, options.tokens // options.tokens_per_batch),
-            tokens_per_batch=options.tokens_per_batch,
-            eval_every=max(1, options.tokens // options.tokens_per_batch // 4),
-            precision=options.precision,
-            device=resolve_device(options.device),
-        )
+    for i, run in enumerate(runs):
         outcome = learn(
-            options.output_dir / name / label.replace(" ", "-") / f"seed-{seed}",
+            options.output_dir / run.folder,
             task,
-            lambda config=config: ResonanceForCausalLM(config),
-            plan,
-            {"data": list(options.data), "seq_len": options.seq_len, "config": _fields(config)},
-            resume=resume,
-            report=lambda share, line, i=i, what=f"{name}: {label}, seed {seed}": progress(
-                (i + share) / len(plans), what
+            lambda run=run: ResonanceForCausalLM(run.config),
+            run.plan,
+            settings[run.folder],
+            resume=True,
+            report=lambda share, line, i=i, run=run: progress(
+                (i + share) / len(runs), f"{run.name}: {run.label}, seed {run.plan.seed}"
             ),
         )
-        losses.setdefault((name, label), []).append(outcome)
-    return result("ablation", _rows(options, losses), options.device, options=_described(options))
+        losses.setdefault((run.name, run.label), []).append(outcome)
+    return result("ablation", _rows(losses), options.device, options=_described(options))
+
+
+def _runs(options: AblationOptions) -> Iterator[Run]:
+    """Seed by seed, so that what is finished can be compared."""
+    steps = max(1, options.tokens // options.tokens_per_batch)
+    for name in options.names:
+        base = {**ABLATIONS[name].base}
+        for seed in range(options.seeds or ABLATIONS[name].seeds):
+            for label, fields in {"base": {}, **ABLATIONS[name].variants}.items():
+                plan = Plan(
+                    lr=options.lr,
+                    seed=seed,
+                    steps=steps,
+                    tokens_per_batch=options.tokens_per_batch,
+                    eval_every=max(1, steps // 4),
+                    precision=options.precision,
+                    device=resolve_device(options.device),
+                )
+                yield Run(name, label, sized(options, {**base, **fields}, reference=base), plan)
 
 
 def sized(options: AblationOptions, fields: Mapping[str, Any], reference: Mapping[str, Any]) -> ResonanceConfig:
@@ -199,7 +229,7 @@ def sized(options: AblationOptions, fields: Mapping[str, Any], reference: Mappin
 
 def _text(options: AblationOptions) -> TextTask:
     """The corpus as token ids under ``output_dir/data``, written once."""
-    documents = find_documents(list(options.data))
+    documents = find_documents(list(options.data), leave_out=options.output_dir)
     train, held_out = split_documents(documents)
     tokenizer = train_tokenizer(read_texts(train), options.vocab_size, progress=False)
     folder = options.output_dir / "data"
@@ -209,7 +239,7 @@ def _text(options: AblationOptions) -> TextTask:
     return TextTask(stores[0], stores[1], options.seq_len, options.vocab_size)
 
 
-def _rows(options: AblationOptions, losses: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[Row]:
+def _rows(losses: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[Row]:
     rows = []
     for (name, label), outcomes in losses.items():
         ours = [outcome["cells"]["held out"]["loss"] for outcome in outcomes]
@@ -245,7 +275,7 @@ def _interval(differences: Sequence[float]) -> float | None:
 
 
 def _fields(config: ResonanceConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in sorted(ResonanceConfig.architecture())}
+    return {name: getattr(config, name) for name in sorted(ResonanceConfig.own_fields())}
 
 
 def _described(options: AblationOptions) -> dict[str, Any]:

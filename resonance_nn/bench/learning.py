@@ -176,6 +176,27 @@ def learn(
         return run.learn(settings, report)
 
 
+def prepare(folder: Path, runs: Mapping[str, dict[str, Any]], *, resume: bool, overwrite: bool) -> None:
+    """Make the folders of runs, named with their settings, ready for :func:`learn` with ``resume``.
+
+    Raises:
+        ValueError: there is a run already, and neither to resume nor to overwrite it was asked for, or both; or the one
+            to resume was begun with other settings.
+    """
+    if resume and overwrite:
+        raise ValueError("resume and overwrite: choose one")
+    for name, settings in runs.items():
+        if resume:
+            check_settings(folder / name, settings)
+        elif overwrite:
+            clear(folder / name)
+        elif (folder / name / "run.json").is_file():
+            raise ValueError(
+                f"output_dir = {str(folder)!r}: already holds {name!r}; --resume keeps what is finished and goes on "
+                "with the rest, --overwrite deletes it"
+            )
+
+
 def check_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Refuse, by ValueError, to go on with a run that was begun with other settings. A folder without a run will do."""
     if not (folder / "run.json").is_file():

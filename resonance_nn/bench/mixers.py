@@ -15,7 +15,7 @@ from torch import Tensor
 from resonance_nn.allocator import keep_freed_memory
 from resonance_nn.bench.common import Row, interleaved, rate_row, result
 from resonance_nn.bench.contestants import state_bytes
-from resonance_nn.bench.speed import SpeedOptions, count, training_step
+from resonance_nn.bench.speed import SpeedOptions, check_causal, count, training_step
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.mixers import MIXERS
 from resonance_nn.models import ResonanceForCausalLM
@@ -59,6 +59,8 @@ def run(options: MixerSpeedOptions, progress: Callable[[int, int], None] = lambd
     options.check()
     kept = options.device == "cpu" and keep_freed_memory()
     models = {name: _model(options, fields) for name, fields in contestants().items()}
+    for model in models.values():
+        check_causal(model, options.vocab_size)
     total, done = 2 * len(models) * (options.repeats + 1), 0
 
     def advance() -> None:

@@ -14,7 +14,7 @@ from rich.table import Table
 
 from resonance_nn.bench.common import Row
 from resonance_nn.bench.contestants import CONTESTANTS, Shape, state_bytes
-from resonance_nn.bench.learning import Plan, check_settings, clear, learn
+from resonance_nn.bench.learning import Plan, learn, prepare
 from resonance_nn.bench.speed import PEER
 from resonance_nn.bench.tasks import Task
 from resonance_nn.evaluation import row
@@ -85,8 +85,6 @@ class Sweep:
             replace(self.plan, lr=lr).check()
         for seed in self.seeds:
             replace(self.plan, seed=seed).check()
-        if self.resume and self.overwrite:
-            raise ValueError("resume and overwrite: choose one")
 
     def run(
         self,
@@ -116,17 +114,8 @@ class Sweep:
             with torch.device("meta"):
                 model = contestant.build(shape)
             sizes[case] = state_bytes(model, max(task.cells[cell].length for cell in task.watched))
-        for case in cases:
-            path = folder / case.folder
-            if self.resume:
-                check_settings(path, {**settings[case], "plan": asdict(plans[case])})
-            elif self.overwrite:
-                clear(path)
-            elif (path / "run.json").is_file():
-                raise ValueError(
-                    f"output_dir = {str(folder)!r}: already holds {case.folder!r}; --resume keeps what is finished and "
-                    "goes on with the rest, --overwrite deletes it"
-                )
+        runs = {case.folder: {**settings[case], "plan": asdict(plans[case])} for case in cases}
+        prepare(folder, runs, resume=self.resume, overwrite=self.overwrite)
         results = []
         for i, case in enumerate(cases):
             task = tasks[case.task][0]

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from resonance_nn.cli.common import DeviceOption, JsonOption, check_output, console_for, stderr_console, write_json
+from resonance_nn.cli.common import (
+    DeviceOption,
+    JsonOption,
+    check_output,
+    console_for,
+    stderr_console,
+    wide_view,
+    write_json,
+)
 
 
 def ablation(
@@ -31,6 +39,7 @@ def ablation(
     device: DeviceOption = "cpu",
     output_dir: Annotated[str, typer.Option(help="A folder a run in this one.")] = "runs/bench-ablation",
     resume: Annotated[bool, typer.Option("--resume", help="Keep finished runs, go on with the others.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Delete the runs that are asked for.")] = False,
     json_path: JsonOption = None,
 ) -> None:
     """Held-out loss of language models of equal size that differ in one option, on the same batches, seed by seed."""
@@ -63,7 +72,10 @@ def ablation(
     with Progress(*columns, console=stderr_console, transient=True, disable=not stderr_console.is_terminal) as bar:
         shown = bar.add_task("text", total=1.0)
         payload = suite.run(
-            options, resume=resume, progress=lambda share, what: bar.update(shown, completed=share, description=what)
+            options,
+            resume=resume,
+            overwrite=overwrite,
+            progress=lambda share, what: bar.update(shown, completed=share, description=what),
         )
     out = console_for(json_path)
     view = Table("case", title=f"held-out loss, nats a token; {tokens:,} tokens a run", highlight=False)
@@ -75,6 +87,6 @@ def ablation(
             *(row["case"], f"{row['parameters']:,}", f"{row['ours']:.4f}", f"{row['difference']:+.4f}", interval),
             *(str(len(row["losses"])), f"{row['seconds'] / 60:.1f}"),
         )
-    out.print(view)
+    wide_view(out).print(view)
     if json_path is not None:
         write_json(json_path, payload)

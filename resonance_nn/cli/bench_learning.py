@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
-from rich.console import Console
 
 from resonance_nn.cli.common import (
     DeviceOption,
@@ -18,6 +17,7 @@ from resonance_nn.cli.common import (
     check_output,
     console_for,
     stderr_console,
+    wide_view,
     write_json,
 )
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from resonance_nn.bench.sweep import Case, Sweep
 
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
-WIDTH = 160  # of a table where there is none
 Value = TypeVar("Value")
 
 StateSizes = Annotated[str, typer.Option(help="Reals of state for each channel of the width, by commas.")]
@@ -258,8 +257,7 @@ def finish(payload: dict[str, Any], cells: list[str], json_path: str | None) -> 
 
     out, machine = console_for(json_path), payload["machine"]
     title = f"accuracy in percent; {machine['cpu']}, {machine['threads']} threads"
-    view = out if out.is_terminal else Console(file=out.file, width=WIDTH, highlight=False)
-    view.print(sweep.table(payload["runs"], cells, title))
+    wide_view(out).print(sweep.table(payload["runs"], cells, title))
     for note in sweep.notes(payload["runs"]):
         out.print(note, markup=False, soft_wrap=True)
     if json_path is not None:

@@ -13,6 +13,7 @@ from resonance_nn.cli.common import (
     console_for,
     dtype_of,
     stderr_console,
+    wide_view,
     write_json,
 )
 
@@ -61,7 +62,7 @@ def mixers(
             *(row["case"], f"{row['parameters']:,}", f"{row['ours']:,.0f}", f"{row['ratio']:.2f}"),
             *(f"{row['decode_ms']:.2f}", f"{row['decode_ratio']:.2f}", f"{row['state_bytes']:,}"),
         )
-    out.print(view)
+    wide_view(out).print(view)
     out.print("ratios to spectral_gate: of training speed, higher is faster; of decoding time, lower is faster")
     if json_path is not None:
         write_json(json_path, payload)

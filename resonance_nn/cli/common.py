@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False)  # results, on standard output
 stderr_console = Console(stderr=True, highlight=False)
+TABLE_WIDTH = 160  # where there is no terminal
 
 
 ModelArgument = Annotated[
@@ -41,6 +42,11 @@ PrecisionOption = Annotated[
 def console_for(json_path: str | None) -> Console:
     """Where people read: standard output, or standard error while JSON goes to standard output."""
     return stderr_console if json_path == "-" else console
+
+
+def wide_view(out: Console) -> Console:
+    """Where a table is printed: ``out`` on a terminal, otherwise one wide enough that no column is cut."""
+    return out if out.is_terminal else Console(file=out.file, width=TABLE_WIDTH, highlight=False)
 
 
 def write_json(path: str | os.PathLike[str], payload: Any) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resonance_nn.mixers.base import Mixer, State
+from resonance_nn.mixers.base import Mixer, State, document_begin
 from resonance_nn.ops.precision import phase_dtype, reduce_angle, wide_dtype
 from resonance_nn.ops.semiseparable import rotate
 from resonance_nn.ops.window_attention import window_attention
@@ -78,10 +78,7 @@ class AttentionMixer(Mixer):
         ``past`` (B) tokens before this call, at −past."""
         B, L, _ = x.shape
         q, k, v = self.qkv_proj(x).view(B, L, 3, self.num_heads, self.head_dim).unbind(2)
-        steps = torch.arange(L, device=x.device)
-        begin = torch.zeros_like(steps).expand(B, L) - past[:, None]
-        if reset is not None:
-            begin = torch.where(reset, steps, begin).cummax(1).values
+        steps, begin = document_begin(x, past, reset)
         position, half = steps - begin, self.head_dim // 2
         exact = phase_dtype(x)
         inverse = self.rope_theta ** (-torch.arange(half, device=x.device, dtype=exact) / half)

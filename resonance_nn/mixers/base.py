@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -63,6 +64,34 @@ def leading_reset(reset: Tensor | None, states: list[State | None]) -> tuple[Ten
     begins = reset[:, 0]
     cleared = [s and {n: t.masked_fill(begins.view(-1, *[1] * (t.dim() - 1)), 0) for n, t in s.items()} for s in states]
     return None, cleared
+
+
+def real_tokens(x: Tensor, length: Tensor | None) -> Tensor | None:
+    """(B, L), True at the first ``length`` (B) tokens of the rows of x (B, L, ·); None where all are real."""
+    return None if length is None else torch.arange(x.shape[1], device=x.device) < length[:, None]
+
+
+def document_begin(x: Tensor, past: Tensor | None, reset: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(L) the positions in this call, and (B, L) that of the first token of each token's document: the last reset, or
+    before any −``past`` (B), as many tokens as earlier calls gave; None is none."""
+    B, L = x.shape[:2]
+    steps = torch.arange(L, device=x.device)
+    begin = torch.zeros_like(steps).expand(B, L) if past is None else -past[:, None].expand(B, L)
+    if reset is not None:
+        begin = torch.where(reset, steps, begin).cummax(1).values
+    return steps, begin
+
+
+def decay_rates(longest: float, count: int) -> Tensor:
+    """1/τ in nats a token (count), float64, for time constants τ log-spaced from 4 tokens to ``longest``."""
+    position = torch.linspace(0, 1, count, dtype=torch.float64) if count > 1 else torch.tensor([0.5]).double()
+    shortest = min(4.0, longest)
+    return torch.exp(-(math.log(shortest) + position * math.log(longest / shortest)))
+
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    """x with log(1 + e^x) = y > 0."""
+    return y + torch.log(-torch.expm1(-y))
 
 
 class Mixer(nn.Module):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resonance_nn.layers import RMSNorm, ShortConv
-from resonance_nn.mixers.base import Mixer, State
+from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens
 from resonance_nn.ops.delta_rule import delta_rule_chunked, delta_rule_step
 from resonance_nn.ops.precision import wide_dtype, wide_linear
 from resonance_nn.ops.semiseparable import semiseparable_chunked, semiseparable_step
@@ -91,19 +91,13 @@ class HolographicMixer(Mixer):
         context; ω_n = 2π/context · n/N, at most a turn in the longest context: a key must still meet itself where it
         is asked for, and tokens learn to turn from no angle of their own."""
         H, N = self.num_heads, self.num_modes
-        shortest = min(4.0, self.longest)
-
-        def rates(count: int) -> Tensor:
-            position = torch.linspace(0, 1, count, dtype=torch.float64) if count > 1 else torch.tensor([0.5]).double()
-            return torch.exp(-(math.log(shortest) + position * math.log(self.longest / shortest)))
-
         values: dict[str, Tensor] = {}
         if self.decay == "head" or self.turns:
-            values["step_bias"] = torch.full((H,), math.log(math.expm1(1.0)))  # softplus = 1
+            values["step_bias"] = inverse_softplus(torch.ones(H, dtype=torch.float64))
         if self.decay == "head":
-            values["damping"] = rates(H).expm1().log()  # softplus = the rate
+            values["damping"] = inverse_softplus(decay_rates(self.longest, H))
         elif self.decay == "channel":
-            share = rates(self.decay_channels) / -MIN_LOG_DECAY
+            share = decay_rates(self.longest, self.decay_channels) / -MIN_LOG_DECAY
             values["decay_bias"] = torch.logit(share).expand(H, -1)
         if self.turns:
             omega = 2 * math.pi / self.longest * torch.arange(N, dtype=torch.float64) / N
@@ -142,7 +136,7 @@ class HolographicMixer(Mixer):
                 )
             y = y[:, None]
         else:
-            mask = None if length is None else torch.arange(L, device=x.device) < length[:, None]
+            mask = real_tokens(x, length)
             common = {"state": S, "reset": reset, "mask": mask, "chunk_size": self.chunk_size}
             if erase is None:
                 y, S = semiseparable_chunked(v, k, q, log_decay, angle, **common)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resonance_nn.layers import RMSNorm, ShortConv
-from resonance_nn.mixers.base import Mixer, State
+from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens
 from resonance_nn.ops.holographic import hrr_chunked, hrr_step, unit_spectrum
 from resonance_nn.ops.precision import wide_dtype, wide_linear
 
@@ -60,12 +59,9 @@ class HRRMixer(Mixer):
     def initial_values(self) -> dict[str, Tensor]:
         """δ = 1; time constants log-spaced over the heads from 4 tokens to the longest context."""
         H = self.num_heads
-        position = torch.linspace(0, 1, H, dtype=torch.float64) if H > 1 else torch.tensor([0.5], dtype=torch.float64)
-        shortest = min(4.0, self.longest)
-        a = torch.exp(-(math.log(shortest) + position * math.log(self.longest / shortest)))
         return {
-            "damping": a.expm1().log(),  # softplus(damping) = a
-            "step_bias": torch.full((H,), math.log(math.expm1(1.0))),  # softplus(step_bias) = 1
+            "damping": inverse_softplus(decay_rates(self.longest, H)),
+            "step_bias": inverse_softplus(torch.ones(H, dtype=torch.float64)),
         }
 
     def mix(
@@ -95,7 +91,7 @@ class HRRMixer(Mixer):
             y, S = hrr_step(v[:, 0], key[:, 0], query[:, 0], log_decay[:, 0], beta[:, 0], S, erase=self.erases)
             y = y[:, None]
         else:
-            mask = None if length is None else torch.arange(L, device=x.device) < length[:, None]
+            mask = real_tokens(x, length)
             chunk_size = 16 if self.erases else self.chunk_size
             y, S = hrr_chunked(
                 *(v, key, query, log_decay, beta),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from resonance_nn.layers import RMSNorm
-from resonance_nn.mixers.base import Mixer, State, leading_reset
+from resonance_nn.mixers.base import Mixer, State, document_begin, leading_reset
 from resonance_nn.ops.precision import wide_dtype
 
 if TYPE_CHECKING:
@@ -205,12 +205,10 @@ def find_blocks(x: Tensor, s: int, phase: Tensor | None, length: Tensor | None, 
     least one block, so that the state gets its shapes. While tracing, places are as many as could be needed.
     """
     B, L = x.shape[:2]
-    steps, fresh = torch.arange(L, device=x.device), phase is None
-    past = steps.new_zeros(B) if phase is None else phase
+    fresh = phase is None
+    past = torch.zeros(B, dtype=torch.long, device=x.device) if phase is None else phase
     real = torch.full_like(past, L) if length is None else length
-    begin = -past[:, None].expand(B, L)  # where t's document begins, up to whole blocks if it was before this call
-    if reset is not None:
-        begin = torch.where(reset, steps, begin).cummax(1).values
+    steps, begin = document_begin(x, past, reset)  # up to whole blocks if it was before this call
     position = steps - begin  # (B, L)
     finished = (((position + 1) % s == 0) & (steps < real[:, None])).cumsum(1)
     total = finished[:, -1]

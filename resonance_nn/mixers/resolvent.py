@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resonance_nn.layers import RMSNorm, ShortConv
-from resonance_nn.mixers.base import Mixer, State
+from resonance_nn.mixers.base import Mixer, State, document_begin, inverse_softplus
 from resonance_nn.ops.precision import phase_dtype, wide_dtype, wide_linear
 from resonance_nn.ops.prime_bump import prime_bump
 from resonance_nn.ops.resolvent import (
@@ -72,7 +72,7 @@ class _HamiltonianMixer(Mixer):
             "coupling_scale": torch.full((H,), std / (b * self.initial_spread)),  # db/d(pre-activation) is b̄/2
             "coupling_bias": torch.zeros(H),
             "energy": 2 * b * kappa.cos(),
-            "damping": (eta - self.min_damping).clamp(min=b / T).expm1().log(),
+            "damping": inverse_softplus((eta - self.min_damping).clamp(min=b / T)),
             "skip": torch.ones(H),
         }
         return values if self.prime_gain is None else {**values, "prime_gain": torch.full((H,), std)}
@@ -207,11 +207,7 @@ class BidirectionalResolventMixer(_HamiltonianMixer):
 
 def document_position(x: Tensor, past: Tensor | None, reset: Tensor | None) -> Tensor:
     """Tokens before t in t's document, (B, L): ``past`` (B) of them in earlier calls; a reset begins a new one."""
-    B, L, _ = x.shape
-    steps = torch.arange(L, device=x.device)
-    begin = torch.zeros_like(steps).expand(B, L) if past is None else -past[:, None].expand(B, L)
-    if reset is not None:
-        begin = torch.where(reset, steps, begin).cummax(1).values
+    steps, begin = document_begin(x, past, reset)
     return steps - begin
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resonance_nn.layers import ShortConv
-from resonance_nn.mixers.base import Mixer, State
+from resonance_nn.mixers.base import Mixer, State, inverse_softplus
 from resonance_nn.ops.resonator import Resonators, resonator_chunked, resonator_fft, resonator_step
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class ResonanceMixer(Mixer):
         a = torch.exp(-math.log(self.longest) * torch.remainder(index * GOLDEN, 1.0))
         omega = math.pi * (torch.arange(N, dtype=torch.float64) + 1) / N
         return {
-            "damping": a.expm1().log(),  # softplus(damping) = a
+            "damping": inverse_softplus(a),
             "frequency": omega.expand(Fn, N),
             "gain": torch.sqrt(2 * (1 - torch.exp(-2 * a)) / N),
             "phase": torch.remainder(index * GOLDEN * 2 * math.pi, 2 * math.pi),

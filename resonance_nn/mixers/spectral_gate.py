@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resonance_nn.layers import GroupedRMSNorm, RMSNorm, ShortConv
-from resonance_nn.mixers.base import Mixer, State
+from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens
 from resonance_nn.ops.precision import wide_dtype, wide_linear, without_autocast
 from resonance_nn.ops.semiseparable import semiseparable_chunked, semiseparable_step
 
@@ -97,9 +97,7 @@ class SpectralGateMixer(Mixer):
         γ = 1/2, the trapezoidal rule proper."""
         H, N = self.num_heads, self.num_modes
         if self.initial_step is None:
-            heads = torch.linspace(0, 1, H, dtype=torch.float64) if H > 1 else torch.tensor([0.5], dtype=torch.float64)
-            shortest = min(4.0, self.longest)
-            a = torch.exp(-(math.log(shortest) + heads * math.log(self.longest / shortest)))
+            a = decay_rates(self.longest, H)
             delta = torch.ones(H, dtype=torch.float64)
         else:
             low, high = self.initial_step
@@ -139,7 +137,7 @@ class SpectralGateMixer(Mixer):
             b, c = (F.normalize(t.to(wide), dim=-1, eps=1e-6) for t in (b, c))
         c = self._read(c)
         delta, log_decay, angle = self._transition(x)
-        mask = None if length is None else torch.arange(L, device=x.device) < length[:, None]
+        mask = real_tokens(x, length)
         S, last, write, own, direct = state.get("memory"), state.get("last"), delta, None, self.skip
         if self.trapezoidal:
             S, write, own = self._trapezoid(x, delta, mask, S, last)
@@ -228,11 +226,6 @@ class SpectralGateMixer(Mixer):
         """Re(c_t^H b_t) (B, L, H), what a token reads of its own write; b (B, L, G, K), c (B, L, G or H, K)."""
         product = (c.unflatten(2, (self.num_groups, -1)) * b.unsqueeze(3)).sum(-1, dtype=wide_dtype(b)).flatten(2)
         return product.repeat_interleave(self.num_heads // product.shape[2], dim=2)
-
-
-def inverse_softplus(y: Tensor) -> Tensor:
-    """x with log(1 + e^x) = y > 0."""
-    return y + torch.log(-torch.expm1(-y))
 
 
 def modulus(x: Tensor, modes: int) -> Tensor:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from resonance_nn.config import ResonanceConfig
-from resonance_nn.mixers.spectral_gate import SpectralGateMixer, inverse_softplus
+from resonance_nn.mixers.base import inverse_softplus
+from resonance_nn.mixers.spectral_gate import SpectralGateMixer
 
 if TYPE_CHECKING:
     from transformers.models.mamba2.modeling_mamba2 import Mamba2Mixer

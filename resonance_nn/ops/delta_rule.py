@@ -75,14 +75,14 @@ def delta_rule_step(
     state: Tensor,
     hermitian: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One token: v (B, H, P), k, q, erase (B, H, K), log_decay (B, H) or (B, H, K) (N with angles), angle (B, H, N) or
-    None, state (B, H, K, P) -> y (B, H, P) and the next state."""
+    """One token: v (B, H, P), k, q, erase (B, H, K), log_decay (B, H) or (B, H, K) (N with angles or hermitian), angle
+    (B, H, N) or None, state (B, H, K, P) -> y (B, H, P) and the next state."""
     wide = wide_dtype(v)
     S, k, q, erase, value = state.to(wide), k.to(wide), q.to(wide), erase.to(wide), v.to(wide)
     decay = log_decay.to(wide).exp()
     if decay.dim() == 2:
         decay = decay[..., None]
-    elif angle is not None:
+    elif decay.shape[-1] < S.shape[-2]:  # one a mode
         decay = torch.cat((decay, decay), dim=-1)
     S = S * decay[..., None]
     if angle is not None:
@@ -173,7 +173,7 @@ def delta_rule_chunked(
         if by_channel and not hermitian:
             cum = torch.cat((cum, cum), dim=-1)
     S = v.new_zeros(B, H, K, P, dtype=wide) if state is None else state.to(wide)
-    dtype = v.dtype
+    out_dtype = dtype = v.dtype
     if hermitian:
         k, q, erase, S = _complex(k), _complex(q).conj(), _complex(erase).conj(), _complex(S, -2)
         v, dtype = v.to(k.dtype), k.dtype
@@ -192,19 +192,19 @@ def delta_rule_chunked(
     U, Z = X @ v, X @ (erase * from_start).to(dtype)  # (B, C, H, T, P or K)
     ended = (k * to_end).to(dtype).mT  # K̂^T
     G = torch.diag_embed(carry.expand(*carry.shape[:-1], k.shape[-1])) - (ended @ Z).to(S.dtype)  # (B, C, H, K, K)
-    H_ = (ended @ U).to(S.dtype)
+    written = (ended @ U).to(S.dtype)
     if cos is not None and sin is not None:
-        G, H_ = (_turn(x, cos, sin, hermitian) for x in (G, H_))
+        G, written = (_turn(x, cos, sin, hermitian) for x in (G, written))
     starts = []
-    for G_j, H_j in zip(G.unbind(1), H_.unbind(1), strict=True):  # unbind: the gradient of a slice would be a whole G
+    for G_j, W_j in zip(G.unbind(1), written.unbind(1), strict=True):  # a slice has a whole gradient
         starts.append(S)
-        S = torch.baddbmm(H_j.flatten(0, 1), G_j.flatten(0, 1), S.flatten(0, 1)).view_as(S)
+        S = torch.baddbmm(W_j.flatten(0, 1), G_j.flatten(0, 1), S.flatten(0, 1)).view_as(S)
     y = M @ U
     if state is not None or C > 1:
         y = y + ((q * from_start).to(dtype) - M @ Z) @ torch.stack(starts, dim=1).to(dtype)
     if hermitian:
         y, S = y.real, _real(S, -2)
-    return y.transpose(2, 3).reshape(B, C * T, H, P)[:, :L].to(v.dtype if not hermitian else wide), S
+    return y.transpose(2, 3).reshape(B, C * T, H, P)[:, :L].to(out_dtype), S
 
 
 def _scores(
