@@ -115,7 +115,6 @@ MAMBA2 = {
     "output_norm": "gated",
     "conv_bias": True,
     "expand": 2,
-    "initial_step": (0.001, 0.1),
     "norm_eps": 1e-5,
 }
 HOLOGRAPHIC = {"mixers": ("holographic",), "erase": "delta", "decay": "head", "rotation": "none", "max_beta": 1.0}
@@ -123,7 +122,8 @@ CHANNEL = {**HOLOGRAPHIC, "decay": "channel"}
 CONTESTANTS: dict[str, Contestant] = {
     "llama": Contestant(None, f"{PEER}; parameters within 2% of spectral_gate's at K = 64"),
     "attention": Contestant({"mixers": ("attention",)}, "ours"),
-    "mamba2": Contestant(MAMBA2, EQUAL + "tests/test_mamba2.py"),
+    "mamba2": Contestant(MAMBA2, EQUAL + "tests/test_mamba2.py; decays and steps begin as spectral_gate's"),
+    "mamba2_own_start": Contestant({**MAMBA2, "initial_step": (0.001, 0.1)}, "decays and steps begin as transformers'"),
     "gated_delta": Contestant(HOLOGRAPHIC, EQUAL + "tests/test_ops_delta_rule.py"),
     "resonance": Contestant({"mixers": ("resonance",), "filters": "channel"}, "constant filters"),
     "spectral_gate": Contestant({**SPECTRAL_GATE, "rotation": "step"}),
@@ -134,7 +134,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "holographic_reflecting": Contestant({**HOLOGRAPHIC, "max_beta": 2.0}, "β up to 2"),
     "holographic_channel": Contestant(CHANNEL, "a decay a key channel"),
     "holographic_gated": Contestant({**CHANNEL, "erase": "gated"}, "erase and write gates a channel"),
-    "holographic_turning": Contestant({**HOLOGRAPHIC, "rotation": "token"}, "an angle of each token's own"),
+    "holographic_turning": Contestant({**HOLOGRAPHIC, "rotation": "token"}, "half of the modes turn by tokens' angles"),
     "holographic_rotating": Contestant(
         {**CHANNEL, "erase": "hermitian", "rotation": "token"}, "complex keys, gates a channel, an angle a token"
     ),

@@ -92,7 +92,7 @@ def recall_task(
         def function(rng: Generator, sequences: int) -> Batch:
             return recall(rng, sequences, length, count, vocab_size, fillers=fillers)
 
-        return Draw(function, length, weight=1 / length)  # as many sequences of each: short ones are learned first
+        return Draw(function, length, weight=1 / length)  # short ones are learned first
 
     sizes = [(length, count) for length in sorted(set(lengths)) for count in sorted(set(pairs)) if length >= 4 * count]
     if watched not in sizes:

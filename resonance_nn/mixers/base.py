@@ -94,6 +94,16 @@ def inverse_softplus(y: Tensor) -> Tensor:
     return y + torch.log(-torch.expm1(-y))
 
 
+def turning_angle(scores: Tensor) -> Tensor:
+    """π(σ(a − 5) − σ(b − 5)) of scores [a | b] (…, 2M): angles (…, M) in (−π, π), one gate for each direction.
+
+    Flat at 0, where scores begin, and at ±π: tokens that should not turn a state, or should turn it round, can do so
+    to any precision, and noise in a score of 0 turns nothing. A linear map's angles add their errors up over tokens.
+    """
+    forward, back = torch.sigmoid(scores - 5).chunk(2, dim=-1)
+    return math.pi * (forward - back)
+
+
 class Mixer(nn.Module):
     """Base class. A mixer implements :meth:`mix` for right-padded batches; everything else follows."""
 

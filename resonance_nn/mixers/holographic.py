@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resonance_nn.layers import RMSNorm, ShortConv
-from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens
+from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens, turning_angle
 from resonance_nn.ops.delta_rule import delta_rule_chunked, delta_rule_step
 from resonance_nn.ops.precision import wide_dtype, wide_linear
 from resonance_nn.ops.semiseparable import semiseparable_chunked, semiseparable_step
@@ -37,7 +37,9 @@ class HolographicMixer(Mixer):
         erase "none"       Hebbian: β_t k_t v_t^T is added
         decay "channel"    D_t = diag(α_t), one factor a key channel (a mode, if the state turns), in (e^−5, 1)
         decay "none"       nothing is forgotten but by erasing
-        rotation "step"    D_t turns mode n by δ_t ω_n;  "token": and by an angle of the token's own, one a head
+        rotation "step"    D_t turns mode n by δ_t ω_n
+        rotation "token"   D_t turns the first half of the modes by angles of the token's own (``turning_angle``); the
+                           others stand still, so that a key meets its query whatever came in between
 
     Angles and log-decays add up over tokens, so what they come from is computed in float32 or wider under autocast too.
 
@@ -60,7 +62,8 @@ class HolographicMixer(Mixer):
         self.sizes = (2 * K * H + D, D)  # [q | k | v] for the convolution, z
         self.in_proj = nn.Linear(D, sum(self.sizes), bias=False)
         self.conv = ShortConv(self.sizes[0], config.conv_size)
-        if self.decay == "head" or self.turns:
+        self.steps = self.decay == "head" or self.rotation == "step"
+        if self.steps:
             self.step_proj = nn.Linear(D, H, bias=False)
             self.step_bias = nn.Parameter(torch.empty(H))
         if self.decay == "head":
@@ -71,10 +74,11 @@ class HolographicMixer(Mixer):
                 nn.Linear(D, P, bias=False), nn.Linear(P, H * self.decay_channels, bias=False)
             )
             self.decay_bias = nn.Parameter(torch.empty(H, self.decay_channels))
-        if self.turns:
+        if self.rotation == "step":
             self.frequency = nn.Parameter(torch.empty(H, N))
-        if self.rotation == "token":
-            self.angle_proj = nn.Linear(D, H, bias=False)
+        elif self.rotation == "token":
+            self.turning_modes = (N + 1) // 2
+            self.angle_proj = nn.Linear(D, 2 * H * self.turning_modes, bias=False)
         if self.erase in ("delta", "none"):
             self.beta_proj = nn.Linear(D, H, bias=False)
         else:
@@ -88,22 +92,22 @@ class HolographicMixer(Mixer):
 
     def initial_values(self) -> dict[str, Tensor]:
         """δ = 1; time constants log-spaced, over the heads or over each head's channels, from 4 tokens to the longest
-        context; ω_n = 2π/context · n/N, at most a turn in the longest context: a key must still meet itself where it
-        is asked for, and tokens learn to turn from no angle of their own."""
+        context; ω_n = 2π/context · n/N, at most a turn in the longest context, as a key must still meet itself where
+        it is asked for; tokens begin with no angle of their own, for the same reason."""
         H, N = self.num_heads, self.num_modes
         values: dict[str, Tensor] = {}
-        if self.decay == "head" or self.turns:
+        if self.steps:
             values["step_bias"] = inverse_softplus(torch.ones(H, dtype=torch.float64))
         if self.decay == "head":
             values["damping"] = inverse_softplus(decay_rates(self.longest, H))
         elif self.decay == "channel":
             share = decay_rates(self.longest, self.decay_channels) / -MIN_LOG_DECAY
             values["decay_bias"] = torch.logit(share).expand(H, -1)
-        if self.turns:
+        if self.rotation == "step":
             omega = 2 * math.pi / self.longest * torch.arange(N, dtype=torch.float64) / N
             values["frequency"] = omega.expand(H, N)
-        if self.rotation == "token":
-            values["angle_proj.weight"] = torch.zeros(H, self.hidden_size)
+        elif self.rotation == "token":
+            values["angle_proj.weight"] = torch.zeros(self.angle_proj.weight.shape)
         return values
 
     def mix(
@@ -156,7 +160,7 @@ class HolographicMixer(Mixer):
         B, L, _ = x.shape
         wide = wide_dtype(x)
         delta = x.new_zeros(B, L, self.num_heads, dtype=wide)
-        if self.decay == "head" or self.turns:
+        if self.steps:
             delta = F.softplus(wide_linear(x, self.step_proj.weight) + self.step_bias.to(wide))
         if self.decay == "head":
             log_decay = -delta * F.softplus(self.damping.to(wide))
@@ -165,12 +169,12 @@ class HolographicMixer(Mixer):
             log_decay = MIN_LOG_DECAY * torch.sigmoid(score)
         else:
             log_decay = torch.zeros_like(delta)
-        if not self.turns:
-            return log_decay, None
-        angle = delta[..., None] * self.frequency.to(wide)
+        if self.rotation == "step":
+            return log_decay, delta[..., None] * self.frequency.to(wide)
         if self.rotation == "token":
-            angle = angle + wide_linear(x, self.angle_proj.weight)[..., None]
-        return log_decay, angle
+            angle = turning_angle(wide_linear(x, self.angle_proj.weight)).view(B, L, self.num_heads, -1)
+            return log_decay, F.pad(angle, (0, self.num_modes - self.turning_modes))
+        return log_decay, None
 
     def _gates(self, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor]:
         """What to erase (B, L, H, K), None for nothing, and what to write (B, L, H, P)."""
