@@ -374,3 +374,13 @@ def test_attention_learns_to_recall(tmp_path):
     result = learn(tmp_path, task, lambda: CONTESTANTS["attention"].build(shape), plan, {})
     assert result["stopped"] == "reached"
     assert result["cells"]["64/8"]["accuracy"] > 0.97
+
+
+def test_a_loss_of_zero_is_not_a_lost_one(tmp_path, monkeypatch):
+    def perfect(model, batch):
+        objective, loss = learning_loss(model, batch)
+        return objective, loss * 0
+
+    learning_loss = learning.answer_loss
+    monkeypatch.setattr(learning, "answer_loss", perfect)
+    assert learn(tmp_path, TASK, build(), PLAN, {})["stopped"] == "budget"

@@ -256,7 +256,7 @@ class _Run:
                 if progress.step % plan.eval_every == 0 or spent >= 1:
                     self._evaluate()
                     progress.seconds = before + time.perf_counter() - begin
-                    if not math.isfinite(self.log[-1]["loss"] or math.nan):
+                    if self.log[-1]["loss"] is None:  # not finite
                         stopped = "diverged"
                     elif progress.streak == 2:
                         stopped = "reached"
