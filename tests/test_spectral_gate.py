@@ -63,7 +63,8 @@ def definition(m: SpectralGateMixer, x: Tensor) -> Tensor:
         delta = delta.clamp(*m.time_step_limit)
     omega = p["frequency"] * delta[..., None] if turning else torch.zeros(B, L, H, 1)
     if m.rotation == "token":
-        omega = omega + math.pi * torch.tanh(x @ p["angle_proj.weight"].T).view(omega.shape)
+        forward, back = (1.2 * torch.sigmoid(x @ p["angle_proj.weight"].T - 2) - 0.1).clamp(0, 1).chunk(2, dim=-1)
+        omega = torch.cat((math.pi * (forward - back).view(B, L, H, -1), omega), dim=-1)
     damping = -delta * F.softplus(p["damping"])
     decay = torch.exp(torch.complex(damping[..., None].expand(omega.shape), omega.double()))
     gamma = torch.ones_like(delta)
@@ -110,13 +111,16 @@ def test_default_parameters_are_those_of_older_checkpoints():
 def test_new_parts_change_nothing_at_first():
     """W_φ and C are 0 in a new model, not only in a new mixer, and the gradient still finds them."""
     ids = torch.randint(0, 61, (2, 40))
-    plain = small_model(("spectral_gate",))
+    plain = small_model(("spectral_gate",), rotation="token")
     model = small_model(("spectral_gate",), rotation="token", frequency_mixing=True)
     missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
-    assert {name.rpartition("mixer.")[-1] for name in missing} == {"angle_proj.weight", "mixing"}
+    assert {name.rpartition("mixer.")[-1] for name in missing} == {"mixing"}
     assert relative(model(ids).logits, plain(ids).logits) < 1e-6
     model(ids, labels=ids).loss.backward()
-    assert all(model.get_parameter(name).grad.abs().max() > 0 for name in missing)
+    new = [p for name, p in model.named_parameters() if name.endswith(("angle_proj.weight", "mixing"))]
+    assert len(new) == 4
+    assert all(p.grad.abs().max() > 0 for p in new)
+    assert all(not p.any() for p in new)
 
 
 def test_real_and_complex_modes_have_equal_states():

@@ -95,12 +95,14 @@ def inverse_softplus(y: Tensor) -> Tensor:
 
 
 def turning_angle(scores: Tensor) -> Tensor:
-    """π(σ(a − 5) − σ(b − 5)) of scores [a | b] (…, 2M): angles (…, M) in (−π, π), one gate for each direction.
+    """π(h(a) − h(b)) of scores [a | b] (…, 2M), h(s) = min(1, max(0, 1.2 σ(s − 2) − 0.1)): angles (…, M) in [−π, π],
+    one gate for each direction, 0 for scores of 0.
 
-    Flat at 0, where scores begin, and at ±π: tokens that should not turn a state, or should turn it round, can do so
-    to any precision, and noise in a score of 0 turns nothing. A linear map's angles add their errors up over tokens.
+    To saturate is the point: a stretched sigmoid is exactly 0 and 1 beyond finite scores, so some tokens do not turn a
+    state at all, and others turn it exactly round. A smooth gate's errors add up over tokens, and a loss that is nearly
+    0 does not remove them.
     """
-    forward, back = torch.sigmoid(scores - 5).chunk(2, dim=-1)
+    forward, back = (1.2 * torch.sigmoid(scores - 2) - 0.1).clamp(0, 1).chunk(2, dim=-1)
     return math.pi * (forward - back)
 
 
