@@ -30,6 +30,7 @@ class Shape:
         initializer_range: standard deviation of all linear maps and embeddings at first. At width 128 the usual 0.02
             makes small activations: with it the gated delta rule had not begun to recall after 1,400 steps, with 0.06
             it was at 92% after 600 (docs/bench_recall.md).
+        initial_context: the longest time constant at first in tokens; None means ``length``.
     """
 
     hidden_size: int = 128
@@ -39,6 +40,7 @@ class Shape:
     state_size: int = 64
     num_heads: int | None = None
     initializer_range: float = 0.06
+    initial_context: int | None = None
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class Contestant:
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden_size,
             num_hidden_layers=shape.layers,
-            initial_context=shape.length,
+            initial_context=shape.initial_context or shape.length,
             num_heads=heads * expand,  # so that heads are of one size
             initializer_range=shape.initializer_range,
             num_modes=modes,

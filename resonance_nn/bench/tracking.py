@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from resonance_nn.bench.common import result
@@ -13,6 +13,7 @@ from resonance_nn.bench.sweep import MARKERS, Sweep, axes_for, best, mean, rows,
 from resonance_nn.bench.tasks import LENGTHS, TRACKING, Task, mixture, tracking_task
 
 MODELS = ("llama", "resonance", "spectral_gate_real", "spectral_gate", "spectral_gate_token", "holographic_turning")
+PATIENCE = 64
 BOTH = "both"  # recall and parity in one vocabulary
 
 
@@ -40,9 +41,12 @@ class TrackingOptions:
 
 
 def run(sweep: Sweep, options: TrackingOptions, report: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-    """Train what is not trained yet; what is written as JSON."""
+    """Train what is not trained yet; what is written as JSON. Time constants reach ``PATIENCE`` times the longest
+    sequence at first: what decays within it cannot be followed through it."""
     if not options.tasks or len(set(options.tasks)) < len(options.tasks):
         raise ValueError(f"tasks = {list(options.tasks)}: must be one or more, each once")
+    shape = replace(sweep.shape, initial_context=PATIENCE * max(options.lengths))
+    sweep = replace(sweep, shape=shape)
     runs = sweep.run({name: (options.task(name), options.settings(name)) for name in options.tasks}, report)
     return result("tracking", rows(runs), sweep.plan.device, options=asdict(options), runs=runs)
 

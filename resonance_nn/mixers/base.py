@@ -95,14 +95,14 @@ def inverse_softplus(y: Tensor) -> Tensor:
 
 
 def turning_angle(scores: Tensor) -> Tensor:
-    """π(h(a) − h(b)) of scores [a | b] (…, 2M), h(s) = min(1, max(0, 1.2 σ(s − 2) − 0.1)): angles (…, M) in [−π, π],
+    """π(h(a) − h(b)) of scores [a | b] (…, 2M), h(s) = min(1, max(0, 1.02 σ(s − 4) − 0.01)): angles (…, M) in [−π, π],
     one gate for each direction, 0 for scores of 0.
 
     To saturate is the point: a stretched sigmoid is exactly 0 and 1 beyond finite scores, so some tokens do not turn a
     state at all, and others turn it exactly round. A smooth gate's errors add up over tokens, and a loss that is nearly
     0 does not remove them.
     """
-    forward, back = (1.2 * torch.sigmoid(scores - 2) - 0.1).clamp(0, 1).chunk(2, dim=-1)
+    forward, back = (1.02 * torch.sigmoid(scores - 4) - 0.01).clamp(0, 1).chunk(2, dim=-1)
     return math.pi * (forward - back)
 
 
