@@ -316,8 +316,10 @@ def test_tracking_writes_json_and_plot(tmp_path, capsys):
     files = ["--json", "-", "--plot", str(tmp_path / "t.png"), "--output-dir", str(tmp_path / "runs")]
     lengths = ["--train-lengths", "16", "--lengths", "16,32", *QUICK[:2], *QUICK[4:]]
     command = ["bench", "tracking", "--tasks", "parity,both", "--models", "spectral_gate_token", "--steps", "1"]
-    assert main([*command, *lengths, *files]) == 0
+    assert main([*command, "--init-std", "0.1", "--weight-decay", "0", *lengths, *files]) == 0
     payload = json.loads(capsys.readouterr().out)
+    shape, plan = (payload["runs"][0]["settings"][name] for name in ("shape", "plan"))
+    assert (shape["initializer_range"], shape["initial_context"], plan["weight_decay"]) == (0.1, 64 * 32, 0)
     assert [row["cell"] for row in payload["rows"]] == ["parity 32", "32/4", "parity 32"]
     assert set(payload["runs"][0]["cells"]) == {"parity 16", "parity 32"}
     assert set(payload["runs"][0]["cells"]["parity 32"]) == {"accuracy", "last_quarter"}
@@ -346,6 +348,8 @@ def test_tracking_writes_json_and_plot(tmp_path, capsys):
         ["recall", "--fillers", "none"],
         ["recall", "--dtype", "int8"],
         ["recall", "--threads", "0"],
+        ["recall", "--models", "llama", "--init-std", "0"],
+        ["recall", "--weight-decay", "-1"],
         ["recall", "--hidden-size", "4"],
         ["recall", "--resume", "--overwrite"],
         ["recall", "--plot", "/no/such/folder/plot.png"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -81,6 +82,8 @@ class Sweep:
         for model in self.models:
             if model not in CONTESTANTS:
                 raise ValueError(f"models: {model!r} is unknown; choose from {', '.join(CONTESTANTS)}")
+        if not 0 < self.shape.initializer_range < math.inf:
+            raise ValueError(f"init_std = {self.shape.initializer_range}: must be > 0")
         for lr in self.lrs:
             replace(self.plan, lr=lr).check()
         for seed in self.seeds:

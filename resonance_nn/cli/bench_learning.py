@@ -35,6 +35,8 @@ Minutes = Annotated[float | None, typer.Option(help="Of each run, at most.", sho
 Width = Annotated[int, typer.Option("--hidden-size", help="Width of all models.")]
 Layers = Annotated[int, typer.Option(help="Depth of all models.")]
 Heads = Annotated[int | None, typer.Option(help="Of our models. Default: of 64 channels.", show_default=False)]
+InitStd = Annotated[float, typer.Option("--init-std", help="Of all linear maps and embeddings at first.")]
+WeightDecay = Annotated[float, typer.Option(help="On linear maps and embeddings.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens of a step.")]
 EvalEvery = Annotated[int, typer.Option(help="Steps between two evaluations.")]
 Target = Annotated[float, typer.Option(help="Accuracy that ends a run when reached twice in a row; above 1: never.")]
@@ -67,6 +69,8 @@ def recall(
     hidden_size: Width = 128,
     layers: Layers = 2,
     heads: Heads = None,
+    init_std: InitStd = 0.06,
+    weight_decay: WeightDecay = 0.1,
     tokens_per_batch: BatchTokens = 4096,
     eval_every: EvalEvery = 100,
     target: Target = 0.995,
@@ -119,6 +123,8 @@ def tracking(
     hidden_size: Width = 128,
     layers: Layers = 2,
     heads: Heads = None,
+    init_std: InitStd = 0.06,
+    weight_decay: WeightDecay = 0.1,
     tokens_per_batch: BatchTokens = 4096,
     eval_every: EvalEvery = 100,
     target: Target = 0.995,
@@ -193,10 +199,16 @@ def sweep_of(values: Mapping[str, Any]) -> Sweep:
         state_sizes=state_sizes,
         lrs=lrs,
         seeds=seeds,
-        shape=Shape(values["hidden_size"], values["layers"], num_heads=values["heads"]),
+        shape=Shape(
+            values["hidden_size"],
+            values["layers"],
+            num_heads=values["heads"],
+            initializer_range=values["init_std"],
+        ),
         plan=Plan(
             steps=steps,
             minutes=40.0 if steps is None and minutes is None else minutes,
+            weight_decay=values["weight_decay"],
             tokens_per_batch=values["tokens_per_batch"],
             eval_every=values["eval_every"],
             target=values["target"],
