@@ -53,8 +53,9 @@ class ResonanceConfig(PreTrainedConfig):
         num_bands: ``global_filter``: octave bands (of each axis) that its gate tells apart, fewer where the filter is
             too small for them.
         rotation: what turns the modes of ``spectral_gate`` and ``holographic``: "none" (real modes), "step" (ω_n times
-            the step δ_t) or "token" (angles of each token's own: added to the step's in ``spectral_gate``, on half of
-            the modes in ``holographic``). None means "step" in ``spectral_gate`` and "none" in ``holographic``.
+            the step δ_t) or "token" (half of the modes turn by angles of each token's own; the rest by the step's in
+            ``spectral_gate``, not at all in ``holographic``). None means "step" in ``spectral_gate`` and "none" in
+            ``holographic``.
         expand: inner width of ``spectral_gate`` over D.
         num_groups: ``spectral_gate``: groups of heads that share the gates b and c; None means a group a head.
         normalize_gates: ``spectral_gate``: whether b and c have norm 1.

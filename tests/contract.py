@@ -78,9 +78,14 @@ def small_model(mixers: tuple[str, ...], **overrides) -> ResonanceForCausalLM:
 
 
 def make_mixer(name: str, dtype: torch.dtype = torch.float64, **overrides) -> Mixer:
-    """A mixer whose output maps are large enough for changes to show."""
+    """A mixer whose parts are large enough for changes to show, those that begin at 0 too."""
     torch.manual_seed(0)
-    return build_mixer(name, small_config((name,), **overrides)).to(dtype)
+    mixer = build_mixer(name, small_config((name,), **overrides)).to(dtype)
+    with torch.no_grad():
+        for parameter_name, p in mixer.named_parameters():
+            if parameter_name.endswith(("angle_proj.weight", "mixing")):
+                p.normal_(std=0.7 if parameter_name.endswith("weight") else 0.1)
+    return mixer
 
 
 def assert_causal(model: ResonanceForCausalLM, L: int = 40) -> None:

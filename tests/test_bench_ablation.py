@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from resonance_nn.bench import ablation
 from resonance_nn.bench.speed import count
 from resonance_nn.cli import main
+from resonance_nn.data import find_documents
 from resonance_nn.models import ResonanceForCausalLM
 
 OPTIONS = ablation.AblationOptions(hidden_size=32, layers=2, vocab_size=300, seq_len=64)
@@ -64,9 +65,8 @@ def test_held_out_loss_is_the_mean_cross_entropy(tmp_path):
     text.mkdir()
     for i in range(30):
         (text / f"{i}.txt").write_text(f"line {i} of many\n" * 50)
-    task = ablation._text(
-        ablation.AblationOptions(data=(str(text),), output_dir=tmp_path / "runs", vocab_size=300, seq_len=32)
-    )
+    options = ablation.AblationOptions(data=(str(text),), output_dir=tmp_path / "runs", vocab_size=300, seq_len=32)
+    task = ablation._text(options, find_documents([str(text)]))
     model = ResonanceForCausalLM(ablation.sized(OPTIONS, {}, {})).eval()
     batch = task.training_batch(np.random.default_rng(0), 320)
     assert batch.input_ids.shape == (10, 32)
@@ -82,6 +82,8 @@ def test_held_out_loss_is_the_mean_cross_entropy(tmp_path):
 def test_wrong_input_is_one_line(capsys):
     assert main(["bench", "ablation", "--ablations", "nothing"]) == 2
     assert "must be one or more of spectral_gate" in capsys.readouterr().err
+    assert main(["bench", "ablation", "--ablations", "prime_bump,prime_bump"]) == 2
+    assert "each once" in capsys.readouterr().err
 
 
 def test_runs_are_not_overwritten_unasked(tmp_path, monkeypatch, capsys):
@@ -94,6 +96,13 @@ def test_runs_are_not_overwritten_unasked(tmp_path, monkeypatch, capsys):
     assert main(arguments) == 0
     assert main(arguments) == 2
     assert "--resume keeps what is finished" in capsys.readouterr().err
+    for wrong in (["--lr", "0"], ["--data", str(tmp_path / "nothing")]):  # nothing is deleted for a wrong argument
+        assert main([*arguments, *wrong, "--overwrite"]) == 2
+        assert list(tmp_path.glob("runs/**/result.json"))
     assert main([*arguments, "--resume", "--lr", "1e-3"]) == 2
     assert "lr was 0.003 and is 0.001" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--lr", "1e-3"]) == 0
+    capsys.readouterr()
+    monkeypatch.setattr(ablation.TextTask, "measure", lambda *_: {"loss": math.nan})
+    assert main([*arguments, "--overwrite"]) == 0
+    assert "diverged" in capsys.readouterr().out

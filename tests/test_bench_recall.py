@@ -118,6 +118,17 @@ def test_two_processes_do_not_share_a_run(tmp_path):
         learn(tmp_path, TASK, build(), PLAN, {})
 
 
+def test_nothing_is_overwritten_while_one_of_the_runs_is_at_work(tmp_path):
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text("{}")
+    with FileLock(tmp_path / "b" / ".lock"), pytest.raises(ValueError, match="another process"):
+        learning.prepare(tmp_path, {"a": {}, "b": {}}, resume=False, overwrite=True)
+    assert len(list(tmp_path.glob("*/result.json"))) == 2
+    learning.prepare(tmp_path, {"a": {}, "b": {}}, resume=False, overwrite=True)
+    assert not list(tmp_path.glob("*/result.json"))
+
+
 def test_every_model_and_rate_meets_the_same_batches(tmp_path, monkeypatch):
     seen: dict[str, list] = {}
 
@@ -350,6 +361,7 @@ def test_tracking_writes_json_and_plot(tmp_path, capsys):
         ["recall", "--threads", "0"],
         ["recall", "--models", "llama", "--init-std", "0"],
         ["recall", "--weight-decay", "-1"],
+        ["recall", "--weight-decay", "nan"],
         ["recall", "--hidden-size", "4"],
         ["recall", "--resume", "--overwrite"],
         ["recall", "--plot", "/no/such/folder/plot.png"],

@@ -14,11 +14,11 @@ import torch
 from numpy.random import Generator
 
 from resonance_nn.bench.common import Row, result
-from resonance_nn.bench.learning import Plan, learn, prepare
+from resonance_nn.bench.learning import Plan, described, learn, prepare
 from resonance_nn.bench.speed import count
 from resonance_nn.bench.tasks import answer_loss
 from resonance_nn.config import ResonanceConfig
-from resonance_nn.data import TokenStore, find_documents, read_texts, split_documents, train_tokenizer
+from resonance_nn.data import Documents, TokenStore, find_documents, read_texts, split_documents, train_tokenizer
 from resonance_nn.data.synthetic import Batch
 from resonance_nn.evaluation import resolve_device
 from resonance_nn.models import ResonanceForCausalLM
@@ -126,6 +126,8 @@ class AblationOptions:
         unknown = [name for name in self.names if name not in ABLATIONS]
         if unknown or not self.names:
             raise ValueError(f"ablations = {self.names}: must be one or more of {', '.join(ABLATIONS)}")
+        if len(set(self.names)) < len(self.names):
+            raise ValueError(f"ablations = {self.names}: each once, as a question asked twice counts its seeds twice")
         for name in ("tokens", "hidden_size", "layers", "vocab_size", "seq_len", "tokens_per_batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be ≥ 1")
@@ -134,7 +136,7 @@ class AblationOptions:
 
 
 @dataclass(frozen=True)
-class Run:
+class Case:
     """One model to train: a setting of a question, by one seed."""
 
     name: str
@@ -162,33 +164,36 @@ def run(
         ValueError: as :meth:`AblationOptions.check`; a folder with runs and neither flag, or with other ones.
     """
     options.check()
-    runs = list(_runs(options))
+    cases = list(_cases(options))
+    for case in cases:
+        case.plan.check()
+    documents = find_documents(list(options.data), leave_out=options.output_dir)
     settings = {
-        run.folder: {"data": list(options.data), "seq_len": options.seq_len, "config": _fields(run.config)}
-        for run in runs
+        case.folder: {"data": list(options.data), "seq_len": options.seq_len, "config": _fields(case.config)}
+        for case in cases
     }
-    described = {run.folder: {**settings[run.folder], "plan": asdict(run.plan)} for run in runs}
-    prepare(options.output_dir, described, resume=resume, overwrite=overwrite)
-    task = _text(options)
+    runs = {case.folder: described(settings[case.folder], case.plan) for case in cases}
+    prepare(options.output_dir, runs, resume=resume, overwrite=overwrite)
+    task = _text(options, documents)
     losses: dict[tuple[str, str], list[dict[str, Any]]] = {}
-    for i, run in enumerate(runs):
+    for i, case in enumerate(cases):
         outcome = learn(
-            options.output_dir / run.folder,
+            options.output_dir / case.folder,
             task,
-            lambda run=run: ResonanceForCausalLM(run.config),
-            run.plan,
-            settings[run.folder],
+            lambda case=case: ResonanceForCausalLM(case.config),
+            case.plan,
+            settings[case.folder],
             resume=True,
-            report=lambda share, line, i=i, run=run: progress(
-                (i + share) / len(runs), f"{run.name}: {run.label}, seed {run.plan.seed}"
+            report=lambda share, line, i=i, case=case: progress(
+                (i + share) / len(cases), f"{case.name}: {case.label}, seed {case.plan.seed}"
             ),
         )
-        losses.setdefault((run.name, run.label), []).append(outcome)
+        losses.setdefault((case.name, case.label), []).append(outcome)
     return result("ablation", _rows(losses), options.device, options=_described(options))
 
 
-def _runs(options: AblationOptions) -> Iterator[Run]:
-    """Seed by seed, so that what is finished can be compared."""
+def _cases(options: AblationOptions) -> Iterator[Case]:
+    """Seed by seed: what a stopped command has finished is whole rows."""
     steps = max(1, options.tokens // options.tokens_per_batch)
     for name in options.names:
         base = {**ABLATIONS[name].base}
@@ -203,7 +208,7 @@ def _runs(options: AblationOptions) -> Iterator[Run]:
                     precision=options.precision,
                     device=resolve_device(options.device),
                 )
-                yield Run(name, label, sized(options, {**base, **fields}, reference=base), plan)
+                yield Case(name, label, sized(options, {**base, **fields}, reference=base), plan)
 
 
 def sized(options: AblationOptions, fields: Mapping[str, Any], reference: Mapping[str, Any]) -> ResonanceConfig:
@@ -227,9 +232,8 @@ def sized(options: AblationOptions, fields: Mapping[str, Any], reference: Mappin
     return ResonanceConfig(**common, **{**fields, "intermediate_size": max(1, width)})
 
 
-def _text(options: AblationOptions) -> TextTask:
+def _text(options: AblationOptions, documents: Documents) -> TextTask:
     """The corpus as token ids under ``output_dir/data``, written once."""
-    documents = find_documents(list(options.data), leave_out=options.output_dir)
     train, held_out = split_documents(documents)
     tokenizer = train_tokenizer(read_texts(train), options.vocab_size, progress=False)
     folder = options.output_dir / "data"
@@ -240,20 +244,24 @@ def _text(options: AblationOptions) -> TextTask:
 
 
 def _rows(losses: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[Row]:
-    rows = []
+    """A row a setting. A seed whose loss was lost (None) leaves its setting without a mean."""
+    rows: list[Row] = []
     for (name, label), outcomes in losses.items():
         ours = [outcome["cells"]["held out"]["loss"] for outcome in outcomes]
         base = [outcome["cells"]["held out"]["loss"] for outcome in losses[name, "base"]]
-        difference = [a - b for a, b in zip(ours, base, strict=True)]
+        ours_mean, base_mean = _mean(ours), _mean(base)
+        ratio, difference = None, []
+        if ours_mean is not None and base_mean is not None:
+            ratio, difference = ours_mean / base_mean, [a - b for a, b in zip(ours, base, strict=True)]
         rows.append(
             {
                 "case": f"{name}: {label}",
                 "metric": "held-out loss, nats a token",
-                "ours": statistics.mean(ours),
-                "peer": statistics.mean(base),
+                "ours": ours_mean,
+                "peer": base_mean,
                 "peer_name": f"{name}: base",
-                "ratio": statistics.mean(ours) / statistics.mean(base),
-                "difference": statistics.mean(difference),
+                "ratio": ratio,
+                "difference": _mean(difference),
                 "interval": _interval(difference),
                 "losses": ours,
                 "parameters": outcomes[0]["parameters"],
@@ -261,6 +269,11 @@ def _rows(losses: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list
             }
         )
     return rows
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return statistics.mean(known) if known and len(known) == len(values) else None
 
 
 T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t, 97.5%

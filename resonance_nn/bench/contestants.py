@@ -30,7 +30,8 @@ class Shape:
         initializer_range: standard deviation of all linear maps and embeddings at first. At width 128 the usual 0.02
             makes small activations: with it the gated delta rule had not begun to recall after 1,400 steps, with 0.06
             it was at 92% after 600 (docs/bench_recall.md).
-        initial_context: the longest time constant at first in tokens; None means ``length``.
+        initial_context: of ours: the longest time constants, and the slowest frequencies, at first, in tokens; None
+            means ``length``.
     """
 
     hidden_size: int = 128
@@ -129,7 +130,9 @@ CONTESTANTS: dict[str, Contestant] = {
     "gated_delta": Contestant(HOLOGRAPHIC, EQUAL + "tests/test_ops_delta_rule.py"),
     "resonance": Contestant({"mixers": ("resonance",), "filters": "channel"}, "constant filters"),
     "spectral_gate": Contestant({**SPECTRAL_GATE, "rotation": "step"}),
-    "spectral_gate_token": Contestant({**SPECTRAL_GATE, "rotation": "token"}, "an angle of each token's own"),
+    "spectral_gate_token": Contestant(
+        {**SPECTRAL_GATE, "rotation": "token"}, "half of the modes turn by tokens' angles"
+    ),
     "spectral_gate_real": Contestant({**SPECTRAL_GATE, "rotation": "none"}, "real decays only"),
     "holographic": Contestant({"mixers": ("holographic",)}, "as it comes"),
     "holographic_hebbian": Contestant({**HOLOGRAPHIC, "erase": "none"}, "nothing is erased"),
@@ -138,6 +141,6 @@ CONTESTANTS: dict[str, Contestant] = {
     "holographic_gated": Contestant({**CHANNEL, "erase": "gated"}, "erase and write gates a channel"),
     "holographic_turning": Contestant({**HOLOGRAPHIC, "rotation": "token"}, "half of the modes turn by tokens' angles"),
     "holographic_rotating": Contestant(
-        {**CHANNEL, "erase": "hermitian", "rotation": "token"}, "complex keys, gates a channel, an angle a token"
+        {**CHANNEL, "erase": "hermitian", "rotation": "token"}, "complex keys, gates a channel, half of the modes turn"
     ),
 }

@@ -16,8 +16,8 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +40,7 @@ from resonance_nn.progress import InterruptCallback, TrainingInterrupted
 from resonance_nn.rundir import write_errors
 
 TRAINING, WATCHED, FINAL = range(3)  # streams of random numbers that never meet
+REVISION = 1  # raised when a mixer computes something else with the same fields: older runs are not gone on with
 SAVE_SECONDS = 60.0
 RESUME = "free some space and resume"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -78,7 +79,7 @@ class Plan:
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} = {value}: must be > 0")
         for name in ("seed", "warmup", "weight_decay"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be ≥ 0")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision = {self.precision!r}: must be {' or '.join(PRECISIONS)}")
@@ -158,13 +159,8 @@ def learn(
         TrainingInterrupted: Ctrl-C; a checkpoint was saved.
     """
     plan.check()
-    settings = json.loads(json.dumps({**settings, "plan": asdict(plan)}))
-    folder.mkdir(parents=True, exist_ok=True)
-    with ExitStack() as stack:
-        try:
-            stack.enter_context(FileLock(folder / ".lock", timeout=0))
-        except Timeout:
-            raise ValueError(f"output_dir: another process is at work in {str(folder)!r}; wait for it") from None
+    settings = json.loads(json.dumps(described(settings, plan)))
+    with _locked(folder):
         if not resume:
             clear(folder)
         check_settings(folder, settings)
@@ -176,20 +172,43 @@ def learn(
         return run.learn(settings, report)
 
 
+def described(settings: Mapping[str, Any], plan: Plan) -> dict[str, Any]:
+    """All that a run depends on, as its run.json keeps it."""
+    return {**settings, "plan": asdict(plan), "revision": REVISION}
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, made if missing. Raises ValueError where another process holds it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(FileLock(folder / ".lock", timeout=0))
+        except Timeout:
+            raise ValueError(f"output_dir: another process is at work in {str(folder)!r}; wait for it") from None
+        yield
+
+
 def prepare(folder: Path, runs: Mapping[str, dict[str, Any]], *, resume: bool, overwrite: bool) -> None:
-    """Make the folders of runs, named with their settings, ready for :func:`learn` with ``resume``.
+    """Make the folders of runs, by name with what :func:`described` says of them, ready for :func:`learn` with
+    ``resume``. Nothing is deleted before all of them are free.
 
     Raises:
-        ValueError: there is a run already, and neither to resume nor to overwrite it was asked for, or both; or the one
-            to resume was begun with other settings.
+        ValueError: there is a run already, and neither to resume nor to overwrite it was asked for, or both; the one to
+            resume was begun with other settings; another process is at work on one to overwrite.
     """
     if resume and overwrite:
         raise ValueError("resume and overwrite: choose one")
+    if overwrite:
+        with ExitStack() as stack:
+            for name in runs:
+                stack.enter_context(_locked(folder / name))
+            for name in runs:
+                clear(folder / name)
+        return
     for name, settings in runs.items():
         if resume:
             check_settings(folder / name, settings)
-        elif overwrite:
-            clear(folder / name)
         elif (folder / name / "run.json").is_file():
             raise ValueError(
                 f"output_dir = {str(folder)!r}: already holds {name!r}; --resume keeps what is finished and goes on "
@@ -307,7 +326,7 @@ class _Run:
             "loss": progress.loss_sum / max(1, progress.loss_count),
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(progress.seconds, 3),
-            "cells": cells,
+            "cells": {cell: finite(figures) for cell, figures in cells.items()},
         }
         progress.loss_sum, progress.loss_count = 0.0, 0
         self.log.append(finite(line))
@@ -323,7 +342,9 @@ class _Run:
             "tokens": self.progress.step * self.plan.tokens_per_batch,
             "seconds": self.progress.seconds,
             "stopped": stopped,
-            "cells": {cell: self._measure(cell, FINAL, 16 * self.plan.tokens_per_batch) for cell in self.task.cells},
+            "cells": {
+                cell: finite(self._measure(cell, FINAL, 16 * self.plan.tokens_per_batch)) for cell in self.task.cells
+            },
             "curve": self.log,
         }
         with write_errors(self.folder, RESUME):

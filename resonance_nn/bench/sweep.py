@@ -15,7 +15,7 @@ from rich.table import Table
 
 from resonance_nn.bench.common import Row
 from resonance_nn.bench.contestants import CONTESTANTS, Shape, state_bytes
-from resonance_nn.bench.learning import Plan, learn, prepare
+from resonance_nn.bench.learning import Plan, described, learn, prepare
 from resonance_nn.bench.speed import PEER
 from resonance_nn.bench.tasks import Task
 from resonance_nn.evaluation import row
@@ -117,7 +117,7 @@ class Sweep:
             with torch.device("meta"):
                 model = contestant.build(shape)
             sizes[case] = state_bytes(model, max(task.cells[cell].length for cell in task.watched))
-        runs = {case.folder: {**settings[case], "plan": asdict(plans[case])} for case in cases}
+        runs = {case.folder: described(settings[case], plans[case]) for case in cases}
         prepare(folder, runs, resume=self.resume, overwrite=self.overwrite)
         results = []
         for i, case in enumerate(cases):

@@ -41,13 +41,13 @@ class TrackingOptions:
 
 
 def run(sweep: Sweep, options: TrackingOptions, report: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-    """Train what is not trained yet; what is written as JSON. Time constants reach ``PATIENCE`` times the longest
-    sequence at first: what decays within it cannot be followed through it."""
+    """Train what is not trained yet; what is written as JSON. ``initial_context`` is ``PATIENCE`` times the longest
+    sequence: a state that decays within it cannot be followed through it."""
     if not options.tasks or len(set(options.tasks)) < len(options.tasks):
         raise ValueError(f"tasks = {list(options.tasks)}: must be one or more, each once")
-    shape = replace(sweep.shape, initial_context=PATIENCE * max(options.lengths))
-    sweep = replace(sweep, shape=shape)
-    runs = sweep.run({name: (options.task(name), options.settings(name)) for name in options.tasks}, report)
+    tasks = {name: (options.task(name), options.settings(name)) for name in options.tasks}
+    context = PATIENCE * max(*options.train_lengths, *options.lengths)
+    runs = replace(sweep, shape=replace(sweep.shape, initial_context=context)).run(tasks, report)
     return result("tracking", rows(runs), sweep.plan.device, options=asdict(options), runs=runs)
 
 

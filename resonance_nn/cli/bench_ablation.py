@@ -83,8 +83,10 @@ def ablation(
         view.add_column(heading, justify="right")
     for row in payload["rows"]:
         interval = "" if row["interval"] is None else f"{row['interval']:.4f}"
+        loss = "diverged" if row["ours"] is None else f"{row['ours']:.4f}"
+        difference = "" if row["difference"] is None else f"{row['difference']:+.4f}"
         view.add_row(
-            *(row["case"], f"{row['parameters']:,}", f"{row['ours']:.4f}", f"{row['difference']:+.4f}", interval),
+            *(row["case"], f"{row['parameters']:,}", loss, difference, interval),
             *(str(len(row["losses"])), f"{row['seconds'] / 60:.1f}"),
         )
     wide_view(out).print(view)

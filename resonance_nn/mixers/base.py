@@ -98,9 +98,9 @@ def turning_angle(scores: Tensor) -> Tensor:
     """π(h(a) − h(b)) of scores [a | b] (…, 2M), h(s) = min(1, max(0, 1.02 σ(s − 4) − 0.01)): angles (…, M) in [−π, π],
     one gate for each direction, 0 for scores of 0.
 
-    To saturate is the point: a stretched sigmoid is exactly 0 and 1 beyond finite scores, so some tokens do not turn a
-    state at all, and others turn it exactly round. A smooth gate's errors add up over tokens, and a loss that is nearly
-    0 does not remove them.
+    To saturate is the point, so here a bounded quantity is clamped: h is exactly 0 below scores of −0.6, 1 above 8.6.
+    A smooth gate's errors add up over tokens, and a loss that is nearly 0 does not remove them. The price: a token's
+    scores beyond those get no gradient; the map they come from does, from other tokens.
     """
     forward, back = (1.02 * torch.sigmoid(scores - 4) - 0.01).clamp(0, 1).chunk(2, dim=-1)
     return math.pi * (forward - back)

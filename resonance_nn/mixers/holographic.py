@@ -35,7 +35,7 @@ class HolographicMixer(Mixer):
         erase "gated"      S_t = (I − k(e ∘ k)^T) D_t S_{t−1} + k (w ∘ v)^T, e, w in (0, 1) a key, a value channel
         erase "hermitian"  the same on complex keys of N modes: (I − k(e ∘ k)^H), y = Re(q^H S)
         erase "none"       Hebbian: β_t k_t v_t^T is added
-        decay "channel"    D_t = diag(α_t), one factor a key channel (a mode, if the state turns), in (e^−5, 1)
+        decay "channel"    D_t = diag(α_t), one factor a key channel (a mode, if it turns or is hermitian), in (e^−5, 1)
         decay "none"       nothing is forgotten but by erasing
         rotation "step"    D_t turns mode n by δ_t ω_n
         rotation "token"   D_t turns the first half of the modes by angles of the token's own (``turning_angle``); the

@@ -130,7 +130,8 @@ def delta_rule_chunked(
         v: what is written (B, L, H, P). Products with it run in its dtype; the inverse, decays, angles and states in
             float32 or wider.
         k, q, erase: (B, L, H, K); K = 2N with ``angle`` or ``hermitian``.
-        log_decay: ≤ 0, nats a step: (B, L, H), one a head, or (B, L, H, K) (N with angles), one a channel.
+        log_decay: ≤ 0, nats a step: (B, L, H), one a head, or (B, L, H, K), one a channel (N, one a mode,
+            with angles or hermitian).
         angle: (B, L, H, N), radians a step, or None.
         hermitian: the complex form.
         min_log_decay: a promise that decays a channel are ≥ this: then they are split into two factors, which spares
