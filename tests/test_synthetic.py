@@ -94,17 +94,20 @@ def test_keys_and_values_are_uniform_in_every_place():
 @pytest.mark.parametrize("modulus", [2, 3, 5])
 def test_modular_sum(modulus):
     ids, targets = modular_sum(default_rng(0), 10, 40, modulus)
-    assert set(ids.flatten().tolist()) == set(range(modulus))
-    for row, answers in zip(ids.tolist(), targets.tolist(), strict=True):
-        assert answers == [total % modulus for total in itertools.accumulate(row)]
+    assert set(ids[:, 1:].flatten().tolist()) == set(range(modulus))
+    for (begin, *digits), answers in zip(ids.tolist(), targets.tolist(), strict=True):
+        assert begin == modulus
+        assert answers == [total % modulus for total in itertools.accumulate([0, *digits])]
 
 
 @pytest.mark.parametrize("elements", [2, 3, 5])
 def test_permutations_are_composed_left_to_right(elements):
     group = list(itertools.permutations(range(elements)))
     ids, targets = permutations(default_rng(0), 5, 30, elements)
-    for row, answers in zip(ids.tolist(), targets.tolist(), strict=True):
-        state = tuple(range(elements))
+    for (begin, *row), (first, *answers) in zip(ids.tolist(), targets.tolist(), strict=True):
+        assert begin == len(group)
+        state = group[first]
+        assert state == tuple(range(elements))
         for token, answer in zip(row, answers, strict=True):
             state = tuple(group[token][i] for i in state)
             assert group[answer] == state
@@ -150,7 +153,7 @@ def test_recall_asks_nothing_at_the_last_token():
 def test_a_mixture_keeps_its_tasks_apart():
     first, second = recall_task(64, (32, 64), (4, 8), (64, 8)), tracking_task("parity", (64,), (64, 128))
     task = mixture(first, second)
-    assert task.vocab_size == 66
+    assert task.vocab_size == 67
     assert task.watched == ("64/8", "parity 128")
     kinds = [0, 0]
     for seed in range(200):
@@ -162,7 +165,7 @@ def test_a_mixture_keeps_its_tasks_apart():
         kinds[parity] += 1
     assert min(kinds) > 70
     ids, targets = task.cells["parity 128"](default_rng(0), 3)
-    assert torch.equal(targets - 64, (ids - 64).cumsum(1) % 2)
+    assert torch.equal(targets[:, 1:] - 64, (ids[:, 1:] - 64).cumsum(1) % 2)
 
 
 @pytest.mark.parametrize(

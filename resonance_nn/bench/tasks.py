@@ -17,11 +17,11 @@ from resonance_nn.data.synthetic import IGNORE, Batch, modular_sum, permutations
 LENGTHS = (64, 128, 256, 512)
 PAIRS = (4, 8, 16, 32, 64)
 TRACKING: dict[str, tuple[Callable[..., Batch], dict[str, int], int]] = {  # the draw, its argument, its vocabulary
-    "parity": (modular_sum, {"modulus": 2}, 2),
-    "sum3": (modular_sum, {"modulus": 3}, 3),
-    "sum5": (modular_sum, {"modulus": 5}, 5),
-    "s3": (permutations, {"elements": 3}, 6),
-    "s5": (permutations, {"elements": 5}, 120),
+    "parity": (modular_sum, {"modulus": 2}, 3),
+    "sum3": (modular_sum, {"modulus": 3}, 4),
+    "sum5": (modular_sum, {"modulus": 5}, 6),
+    "s3": (permutations, {"elements": 3}, 7),
+    "s5": (permutations, {"elements": 5}, 121),
 }
 
 

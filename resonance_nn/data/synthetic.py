@@ -100,21 +100,27 @@ def recall(
 
 
 def modular_sum(rng: Generator, sequences: int, length: int, modulus: int = 2) -> Batch:
-    """Digits x_t uniform in 0 … m − 1; the target at every t is Σ_{s≤t} x_s mod m. m = 2 is parity. V = m."""
+    """The token m, where the sequence begins, then digits x_t uniform in 0 … m − 1; the target at every t is Σ_{s≤t} x_s
+    mod m, 0 at first. m = 2 is parity. V = m + 1."""
     if modulus < 2:
         raise ValueError(f"modulus = {modulus}: must be ≥ 2")
     ids = rng.integers(modulus, size=(sequences, length))
-    return Batch(torch.from_numpy(ids), torch.from_numpy(ids.cumsum(1) % modulus))
+    ids[:, 0] = 0
+    targets = ids.cumsum(1) % modulus
+    ids[:, 0] = modulus
+    return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
 
 
 def permutations(rng: Generator, sequences: int, length: int, elements: int = 5) -> Batch:
-    """The word problem of the symmetric group S_n: tokens are permutations π_t of n things, uniform, numbered in
-    lexicographic order; the target at every t is π_t ∘ … ∘ π_1. V = n!."""
+    """The word problem of the symmetric group S_n: the token n!, where the sequence begins, then permutations π_t of n
+    things, uniform, numbered in lexicographic order; the target at every t is π_t ∘ … ∘ π_1, at first the identity, 0.
+    V = n! + 1."""
     product = group_table(elements)
     ids = rng.integers(len(product), size=(sequences, length))
-    targets = ids.copy()
+    targets = np.zeros_like(ids)
     for t in range(1, length):
         targets[:, t] = product[ids[:, t], targets[:, t - 1]]
+    ids[:, 0] = len(product)
     return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
 
 
