@@ -15,6 +15,7 @@ from resonance_nn.bench.speed import count
 from resonance_nn.cli import main
 from resonance_nn.data import find_documents
 from resonance_nn.models import ResonanceForCausalLM
+from resonance_nn.progress import TrainingInterrupted
 
 OPTIONS = ablation.AblationOptions(hidden_size=32, layers=2, vocab_size=300, seq_len=64)
 
@@ -106,3 +107,17 @@ def test_runs_are_not_overwritten_unasked(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ablation.TextTask, "measure", lambda *_: {"loss": math.nan})
     assert main([*arguments, "--overwrite"]) == 0
     assert "diverged" in capsys.readouterr().out
+
+
+def test_ctrl_c_says_how_to_go_on(tmp_path, monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise TrainingInterrupted(7, 12)
+
+    monkeypatch.setattr(ablation, "learn", interrupted)
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("some text\n" * 400)
+    arguments = ["bench", "ablation", "--ablations", "prime_bump", "--data", str(tmp_path), "--vocab-size", "300"]
+    arguments += ["--seq-len", "64", "--output-dir", str(tmp_path / "runs")]
+    monkeypatch.setattr("sys.argv", ["resonance", *arguments])
+    assert main(arguments) == 130
+    assert f"--output-dir {tmp_path / 'runs'} --resume" in capsys.readouterr().err

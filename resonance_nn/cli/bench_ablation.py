@@ -50,6 +50,8 @@ def ablation(
     from rich.table import Table
 
     from resonance_nn.bench import ablation as suite
+    from resonance_nn.cli.bench_learning import say_how_to_resume
+    from resonance_nn.progress import TrainingInterrupted
 
     if threads is not None:
         import torch
@@ -71,12 +73,17 @@ def ablation(
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
     with Progress(*columns, console=stderr_console, transient=True, disable=not stderr_console.is_terminal) as bar:
         shown = bar.add_task("text", total=1.0)
-        payload = suite.run(
-            options,
-            resume=resume,
-            overwrite=overwrite,
-            progress=lambda share, what: bar.update(shown, completed=share, description=what),
-        )
+        try:
+            payload = suite.run(
+                options,
+                resume=resume,
+                overwrite=overwrite,
+                progress=lambda share, what: bar.update(shown, completed=share, description=what),
+            )
+        except TrainingInterrupted as interrupted:
+            bar.stop()
+            say_how_to_resume(interrupted.step)
+            raise
     out = console_for(json_path)
     view = Table("case", title=f"held-out loss, nats a token; {tokens:,} tokens a run", highlight=False)
     for heading in ("parameters", "loss", "less base", "± 95%", "seeds", "minutes"):

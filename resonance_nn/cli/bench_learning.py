@@ -247,11 +247,16 @@ def showing(sweep: Sweep) -> Iterator[Callable[..., None]]:
             yield report
         except TrainingInterrupted as interrupted:
             bar.stop()
-            words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
-            command = shlex.join(["resonance", *words, "--resume"])
-            text = f"stopped after step {interrupted.step:,} of a run; a checkpoint was saved\nGo on with: {command}"
-            stderr_console.print(text, markup=False, soft_wrap=True)
+            say_how_to_resume(interrupted.step)
             raise
+
+
+def say_how_to_resume(step: int) -> None:
+    """After Ctrl-C in the middle of a run."""
+    words = [word for word in sys.argv[1:] if word not in ("--overwrite", "--resume")]
+    command = shlex.join(["resonance", *words, "--resume"])
+    text = f"stopped after step {step:,} of a run; a checkpoint was saved\nGo on with: {command}"
+    stderr_console.print(text, markup=False, soft_wrap=True)
 
 
 def state_of(line: Mapping[str, Any]) -> str:

@@ -100,8 +100,8 @@ def recall(
 
 
 def modular_sum(rng: Generator, sequences: int, length: int, modulus: int = 2) -> Batch:
-    """The token m, where the sequence begins, then digits x_t uniform in 0 … m − 1; the target at every t is Σ_{s≤t} x_s
-    mod m, 0 at first. m = 2 is parity. V = m + 1."""
+    """The token m, where the sequence begins, then digits x_t uniform in 0 … m − 1; the target at every t is the sum of
+    the digits so far mod m. m = 2 is parity. V = m + 1."""
     if modulus < 2:
         raise ValueError(f"modulus = {modulus}: must be ≥ 2")
     ids = rng.integers(modulus, size=(sequences, length))
