@@ -167,6 +167,8 @@ def test_schedule():
     assert rates[:10] == pytest.approx([(i + 1) / 10 for i in range(10)])
     assert rates[10:80] == [1.0] * 70
     assert rates[80:] == pytest.approx([1 - i / 20 for i in range(20)])
+    falling = replace(plan, cooldown=1.0)
+    assert [falling.rate(step, 0.0) for step in (10, 50, 99)] == pytest.approx([0.9, 0.5, 0.01])
     by_clock = replace(plan, minutes=1.0)
     assert by_clock.spent(50, 45.0) == 0.75
     assert by_clock.rate(50, 54.0) == pytest.approx(0.5)
@@ -362,6 +364,8 @@ def test_tracking_writes_json_and_plot(tmp_path, capsys):
         ["recall", "--models", "llama", "--init-std", "0"],
         ["recall", "--weight-decay", "-1"],
         ["recall", "--weight-decay", "nan"],
+        ["recall", "--cooldown", "1.5"],
+        ["recall", "--cooldown", "0"],
         ["recall", "--hidden-size", "4"],
         ["recall", "--resume", "--overwrite"],
         ["recall", "--plot", "/no/such/folder/plot.png"],

@@ -51,7 +51,7 @@ class Plan:
     """How a run learns.
 
     AdamW (0.9, 0.95), weight decay on linear maps and embeddings only. The rate rises linearly over ``warmup`` steps,
-    stays, and falls linearly to 0 over the last fifth of the budget: ``steps``, or ``minutes`` of this machine,
+    stays, and falls linearly to 0 over the last ``cooldown`` of the budget: ``steps``, or ``minutes`` of this machine,
     whichever ends first. With ``minutes`` the schedule follows the clock, so two runs are equal only if they are given
     ``steps`` alone. A run ends early when every watched cell has reached ``target`` in two evaluations in a row. An
     evaluation takes the tokens of 4 batches a cell, the last one, of every cell and on other sequences, those of 16.
@@ -63,6 +63,7 @@ class Plan:
     minutes: float | None = None
     tokens_per_batch: int = 4096
     warmup: int = 100
+    cooldown: float = 0.2
     weight_decay: float = 0.1
     clip: float = 1.0
     eval_every: int = 100
@@ -74,13 +75,15 @@ class Plan:
         """Raise ValueError naming the field, its value and what is allowed."""
         if self.steps is None and self.minutes is None:
             raise ValueError("steps = None and minutes = None: give one of them, or both")
-        for name in ("lr", "steps", "minutes", "tokens_per_batch", "clip", "eval_every", "target"):
+        for name in ("lr", "steps", "minutes", "tokens_per_batch", "cooldown", "clip", "eval_every", "target"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} = {value}: must be > 0")
         for name in ("seed", "warmup", "weight_decay"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be ≥ 0")
+        if self.cooldown > 1:
+            raise ValueError(f"cooldown = {self.cooldown}: must be ≤ 1, the share of the budget with a falling rate")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision = {self.precision!r}: must be {' or '.join(PRECISIONS)}")
 
@@ -91,7 +94,8 @@ class Plan:
 
     def rate(self, step: int, seconds: float) -> float:
         """The learning rate of the step that follows ``step`` steps and ``seconds`` seconds."""
-        return self.lr * min(1.0, (step + 1) / max(1, self.warmup), 5 * (1 - min(1.0, self.spent(step, seconds))))
+        left = 1 - min(1.0, self.spent(step, seconds))
+        return self.lr * min(1.0, (step + 1) / max(1, self.warmup), left / self.cooldown)
 
 
 class Learnable(Protocol):

@@ -36,6 +36,7 @@ Width = Annotated[int, typer.Option("--hidden-size", help="Width of all models."
 Layers = Annotated[int, typer.Option(help="Depth of all models.")]
 Heads = Annotated[int | None, typer.Option(help="Of our models. Default: of 64 channels.", show_default=False)]
 InitStd = Annotated[float, typer.Option("--init-std", help="Of all linear maps and embeddings at first.")]
+Cooldown = Annotated[float, typer.Option(help="Share of the budget in which the rate falls to 0.")]
 WeightDecay = Annotated[float, typer.Option(help="On linear maps and embeddings.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens of a step.")]
 EvalEvery = Annotated[int, typer.Option(help="Steps between two evaluations.")]
@@ -70,6 +71,7 @@ def recall(
     layers: Layers = 2,
     heads: Heads = None,
     init_std: InitStd = 0.06,
+    cooldown: Cooldown = 0.2,
     weight_decay: WeightDecay = 0.1,
     tokens_per_batch: BatchTokens = 4096,
     eval_every: EvalEvery = 100,
@@ -124,6 +126,7 @@ def tracking(
     layers: Layers = 2,
     heads: Heads = None,
     init_std: InitStd = 0.06,
+    cooldown: Cooldown = 0.2,
     weight_decay: WeightDecay = 0.1,
     tokens_per_batch: BatchTokens = 4096,
     eval_every: EvalEvery = 100,
@@ -208,6 +211,7 @@ def sweep_of(values: Mapping[str, Any]) -> Sweep:
         plan=Plan(
             steps=steps,
             minutes=40.0 if steps is None and minutes is None else minutes,
+            cooldown=values["cooldown"],
             weight_decay=values["weight_decay"],
             tokens_per_batch=values["tokens_per_batch"],
             eval_every=values["eval_every"],
