@@ -23,8 +23,9 @@ from resonance_nn.data import train_tokenizer
 
 COMMON_SAMPLING = "--temperature --top-k --top-p --min-p --repetition-penalty --greedy --seed"
 COMMON_LEARNING = (
-    "--models --state-sizes --lrs --seeds --steps --minutes --hidden-size --layers --heads --tokens-per-batch "
-    "--eval-every --target --dtype --threads --device --output-dir --resume --overwrite --json --plot"
+    "--models --state-sizes --lrs --seeds --steps --minutes --hidden-size --layers --heads --init-std --cooldown "
+    "--weight-decay --tokens-per-batch --eval-every --target --dtype --threads --device --output-dir --resume "
+    "--overwrite --json --plot"
 )
 FLAGS = {
     "": "--version",
@@ -40,7 +41,7 @@ FLAGS = {
     "models": "--vocab-size --mixers --json",
     "bench": "",
     "bench ablation": "--ablations --data --tokens --seeds --hidden-size --layers --vocab-size --seq-len --lr "
-    "--threads --device --output-dir --resume --json",
+    "--threads --device --output-dir --resume --overwrite --json",
     "bench capacity": "--dims --pairs --trials --seed --full --json --plot",
     "bench mixers": "--length --hidden-size --layers --repeats --tokens-per-batch --dtype --device --json",
     "bench recall": f"--full --vocab-size --lengths --pairs --watch --fillers {COMMON_LEARNING}",
