@@ -193,7 +193,7 @@ def run(
 
 
 def _cases(options: AblationOptions) -> Iterator[Case]:
-    """Seed by seed: what a stopped command has finished is whole rows."""
+    """Every setting of a question with one seed, then with the next."""
     steps = max(1, options.tokens // options.tokens_per_batch)
     for name in options.names:
         base = {**ABLATIONS[name].base}

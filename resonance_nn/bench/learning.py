@@ -1,4 +1,4 @@
-"""The loop that `bench recall` and `bench tracking` share: one model learns one task, and the run can be resumed.
+"""The loop of the suites that train: one model learns one task, and the run can be resumed.
 
 folder/  run.json                 the settings, which a resumed run must share
          log.jsonl                a line an evaluation: step, loss, accuracies, learning rate, seconds
