@@ -27,7 +27,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
     "decay": ("head", "channel", "none"),
 }
 TRAINING_FIELDS = {  # without effect in evaluation
-    *("dropout", "initializer_range", "initial_context", "initial_step", "format_version"),
+    *("dropout", "initializer_range", "initial_context", "shortest_context", "initial_step", "format_version"),
     *("label_smoothing", "z_loss_weight", "entropy_weight", "mode_noise"),
 }
 ROTATIONS = ("none", "step", "token")
@@ -53,9 +53,11 @@ class ResonanceConfig(PreTrainedConfig):
         num_bands: ``global_filter``: octave bands (of each axis) that its gate tells apart, fewer where the filter is
             too small for them.
         rotation: what turns the modes of ``spectral_gate`` and ``holographic``: "none" (real modes), "step" (ω_n times
-            the step δ_t) or "token" (half of the modes turn by angles of each token's own; the rest by the step's in
-            ``spectral_gate``, not at all in ``holographic``). None means "step" in ``spectral_gate`` and "none" in
-            ``holographic``.
+            the step δ_t) or "token": in ``spectral_gate`` by an angle of each token's own too, in ``holographic``
+            half of the heads by roots of unity that a token chooses, the others not at all. None means "step" in
+            ``spectral_gate`` and "none" in ``holographic``.
+        orders: ``holographic`` with ``rotation`` "token": the orders p of those roots, in turn over the modes. Modes of
+            order p can count modulo p.
         expand: inner width of ``spectral_gate`` over D.
         num_groups: ``spectral_gate``: groups of heads that share the gates b and c; None means a group a head.
         normalize_gates: ``spectral_gate``: whether b and c have norm 1.
@@ -85,6 +87,8 @@ class ResonanceConfig(PreTrainedConfig):
         conv_size: width of the short causal convolutions; 1 turns them into a scale.
         chunk_size: tokens T that the chunked operators take in one masked matmul.
         initial_context: the longest memory at initialisation, in tokens. It bounds nothing.
+        shortest_context: ``spectral_gate``, ``holographic`` and ``hrr``: the shortest one; the heads' are log-spaced
+            between them. Where all of a state must recall, as long as the longest.
         scales: ``multi_scale:…``: lengths of the blocks in tokens, ascending, each ≥ 2.
         sliding_window: ``sliding_attention``: tokens W that one sees, itself among them.
         rope_theta: base of the rotary frequencies of ``attention`` and ``sliding_attention``.
@@ -116,6 +120,7 @@ class ResonanceConfig(PreTrainedConfig):
     filter_size: int | tuple[int, int] | None = DERIVED
     num_bands: int = 8
     rotation: str | None = None
+    orders: tuple[int, ...] = (2, 3, 5, 7)
     expand: int = 1
     num_groups: int = DERIVED
     normalize_gates: bool = True
@@ -140,6 +145,7 @@ class ResonanceConfig(PreTrainedConfig):
     conv_size: int = 4
     chunk_size: int = 64
     initial_context: int = 2048
+    shortest_context: int = 4
     scales: tuple[int, ...] = (4, 16)
     sliding_window: int = 256
     rope_theta: float | int = 10_000.0
@@ -179,7 +185,7 @@ class ResonanceConfig(PreTrainedConfig):
             self.time_step_limit = (float(self.time_step_limit[0]), float(self.time_step_limit[1]))
         if self.initial_step is not None:
             self.initial_step = (float(self.initial_step[0]), float(self.initial_step[1]))
-        self.scales = tuple(self.scales)
+        self.scales, self.orders = tuple(self.scales), tuple(self.orders)
         if self.filter_size is DERIVED:
             self.filter_size = self.initial_context
         elif isinstance(self.filter_size, tuple | list):
@@ -237,6 +243,7 @@ class ResonanceConfig(PreTrainedConfig):
             ("conv_size", 1),
             ("chunk_size", 1),
             ("initial_context", 2),
+            ("shortest_context", 1),
             ("expand", 1),
             ("num_traces", 1),
             ("prime_bump_limit", 1),
@@ -263,6 +270,10 @@ class ResonanceConfig(PreTrainedConfig):
                 mixer_class(name)
             except ValueError as error:
                 raise ValueError(f"mixers = {self.mixers!r}: {error}") from None
+        orders = self.orders if isinstance(self.orders, tuple | list) else ()
+        check(len(orders) > 0 and all(type(p) is int and p >= 2 for p in orders), "orders", "one or more integers ≥ 2")
+        if self.rotation == "token" and self.num_heads < 2 and any("holographic" in name for name in self.mixers):
+            raise ValueError("num_heads = 1 with rotation = 'token': half of the heads turn; give 2 or more")
         lengths = self.scales if isinstance(self.scales, tuple | list) else ()
         ascending = len(lengths) > 0 and all(type(s) is int and s >= 2 for s in lengths)
         ascending = ascending and all(a < b for a, b in itertools.pairwise(lengths))
@@ -285,8 +296,6 @@ class ResonanceConfig(PreTrainedConfig):
         value = self.min_damping
         positive = isinstance(value, int | float) and 0 < value < math.inf
         check(value is DERIVED or positive, "min_damping", "> 0, or None")
-        if self.erase == "none" and self.decay == "channel":
-            raise ValueError("erase = 'none' with decay = 'channel': not available; choose decay 'head' or 'none'")
         for field, low, high, allowed in (
             ("dropout", 0, 1, "in [0, 1)"),
             ("label_smoothing", 0, 1, "in [0, 1)"),

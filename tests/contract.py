@@ -85,6 +85,8 @@ def make_mixer(name: str, dtype: torch.dtype = torch.float64, **overrides) -> Mi
         for parameter_name, p in mixer.named_parameters():
             if parameter_name.endswith(("angle_proj.weight", "mixing")):
                 p.normal_(std=0.7 if parameter_name.endswith("weight") else 0.1)
+            elif parameter_name.endswith("roots"):  # z inside its polygons and outside
+                p.normal_(std=0.2)
     return mixer
 
 

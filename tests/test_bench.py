@@ -116,7 +116,7 @@ def test_wrong_arguments(arguments, capsys):
 
 
 def test_mixers_suite_covers_every_causal_mixer(tmp_path):
-    arguments = ["bench", "mixers", "--length", "32", "--hidden-size", "32", "--layers", "1", "--repeats", "1"]
+    arguments = ["bench", "mixers", "--length", "32", "--hidden-size", "128", "--layers", "1", "--repeats", "1"]
     assert main([*arguments, "--tokens-per-batch", "32", "--device", "cpu", "--json", str(tmp_path / "m.json")]) == 0
     rows = json.loads((tmp_path / "m.json").read_text())["rows"]
     assert {row["case"] for row in rows} >= {name for name, mixer in MIXERS.items() if mixer.causal}

@@ -17,7 +17,7 @@ from resonance_nn.data import find_documents
 from resonance_nn.models import ResonanceForCausalLM
 from resonance_nn.progress import TrainingInterrupted
 
-OPTIONS = ablation.AblationOptions(hidden_size=32, layers=2, vocab_size=300, seq_len=64)
+OPTIONS = ablation.AblationOptions(hidden_size=64, layers=2, vocab_size=300, seq_len=64)
 
 
 @pytest.mark.parametrize("name", ablation.ABLATIONS)

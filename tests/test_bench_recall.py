@@ -77,7 +77,7 @@ def test_auxiliary_losses_are_minimised_but_not_reported():
 @pytest.mark.parametrize("name", CONTESTANTS)
 def test_contestants(name):
     """Every one builds and is causal; those with a state keep K reals a channel beside the convolution's tail."""
-    shape = Shape(hidden_size=64, layers=2, vocab_size=50, state_size=16, length=64)
+    shape = Shape(hidden_size=64, layers=2, vocab_size=50, state_size=16, length=64, num_heads=2)
     model = CONTESTANTS[name].build(shape)
     assert model.config.vocab_size == 50
     if not CONTESTANTS[name].has_state_size:
@@ -172,10 +172,13 @@ def test_tracking_writes_json_and_plot(tmp_path, capsys):
     files = ["--json", "-", "--plot", str(tmp_path / "t.png"), "--output-dir", str(tmp_path / "runs")]
     lengths = ["--train-lengths", "16", "--lengths", "16,32", *QUICK[:2], *QUICK[4:]]
     command = ["bench", "tracking", "--tasks", "parity,both", "--models", "spectral_gate_token", "--steps", "1"]
-    assert main([*command, "--init-std", "0.1", "--weight-decay", "0", *lengths, *files]) == 0
+    assert (
+        main([*command, "--init-std", "0.1", "--shortest-context", "8", "--weight-decay", "0", *lengths, *files]) == 0
+    )
     payload = json.loads(capsys.readouterr().out)
     shape, plan = (payload["runs"][0]["settings"][name] for name in ("shape", "plan"))
-    assert (shape["initializer_range"], shape["initial_context"], plan["weight_decay"]) == (0.1, 64 * 32, 0)
+    assert (shape["initializer_range"], shape["initial_context"], plan["weight_decay"]) == (0.1, 32, 0)
+    assert shape["shortest_context"] == 8
     assert [row["cell"] for row in payload["rows"]] == ["parity 32", "32/4", "parity 32"]
     assert set(payload["runs"][0]["cells"]) == {"parity 16", "parity 32"}
     assert set(payload["runs"][0]["cells"]["parity 32"]) == {"accuracy", "last_quarter"}
@@ -205,6 +208,7 @@ def test_tracking_writes_json_and_plot(tmp_path, capsys):
         ["recall", "--dtype", "int8"],
         ["recall", "--threads", "0"],
         ["recall", "--models", "llama", "--init-std", "0"],
+        ["recall", "--shortest-context", "0"],
         ["recall", "--weight-decay", "-1"],
         ["recall", "--weight-decay", "nan"],
         ["recall", "--cooldown", "1.5"],

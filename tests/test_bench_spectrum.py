@@ -101,6 +101,7 @@ SELECTIVE = [
     ("holographic", {}),
     ("holographic", {"rotation": "step", "erase": "none"}),
     ("holographic", {"rotation": "token", "erase": "hermitian", "decay": "channel"}),
+    ("holographic", {"rotation": "token"}),
     ("holographic", {"erase": "gated", "decay": "none"}),
 ]
 
@@ -113,36 +114,44 @@ def test_selective_resonators(name: str, overrides: dict, monkeypatch: pytest.Mo
         for p in mixer.parameters():
             p.add_(0.3 * torch.randn_like(p))
     x = torch.randn(1, SAMPLE_EVERY, 32, dtype=torch.float64)
-    seen: dict[str, Any] = {}
+    seen: list[dict[str, Any]] = []  # a call of an op; its heads follow those of the one before
     module = f"resonance_nn.mixers.{name}"
     for op in ("semiseparable_chunked", *(("delta_rule_chunked",) if name == "holographic" else ())):
 
         def spy(*args: Any, _run: Any = vars(__import__(module, fromlist=[op]))[op], **kwargs: Any):
             at = 4 if _run.__name__ == "delta_rule_chunked" else 3
             y, S = _run(*args, **kwargs)
-            seen.update(c=args[2], log_decay=args[at], angle=args[at + 1], S=S)
+            seen.append({"c": args[2], "log_decay": args[at], "angle": args[at + 1], "S": S})
             return y, S
 
         monkeypatch.setattr(f"{module}.{op}", spy)
     with torch.no_grad():
         mixer(x)
-        expected = dict(seen)
+        calls = list(seen)
         reading = READERS[type(mixer)](mixer, x)
-    H, K = 2, expected["S"].shape[2]
-    c = expected["c"][0, -1].repeat_interleave(H // expected["c"].shape[2], dim=0)  # (H, K)
-    modes = reading.energy.shape[1]
-    energy = _pairs(c, modes) * _pairs(expected["S"][0].norm(dim=-1), modes)
-    assert modes in (K, K // 2)
-    assert relative(reading.energy / reading.energy.sum(-1, True), energy / energy.sum(-1, True)) < 1e-10
-    decay = -expected["log_decay"]
-    assert relative(reading.decay, decay if decay.dim() == 4 else decay[..., None]) < 1e-10
-    if expected["angle"] is None:
-        assert (reading.angle == 0).all()
-    else:
-        assert relative(reading.angle, expected["angle"]) < 1e-10
+    H, modes = 2, reading.energy.shape[1]
+    energy, decay, angle = [], [], []
+    for call in calls:
+        heads, K = call["S"].shape[1:3]
+        assert modes in (K, K // 2)
+        c = call["c"][0, -1].repeat_interleave(heads // call["c"].shape[2], dim=0)  # (heads, K)
+        energy.append(_pairs(c, modes) * _pairs(call["S"][0].norm(dim=-1), modes))
+        log_decay = call["log_decay"] if call["log_decay"].dim() == 4 else call["log_decay"][..., None]
+        decay.append(_to_modes(-log_decay, reading.decay.shape[-1]))
+        turn = torch.zeros_like(log_decay) if call["angle"] is None else call["angle"]
+        angle.append(_to_modes(turn, reading.angle.shape[-1]))
+    expected = torch.cat(energy)
+    assert relative(reading.energy / reading.energy.sum(-1, True), expected / expected.sum(-1, True)) < 1e-10
+    assert relative(reading.decay, torch.cat(decay, dim=2)) < 1e-10
+    assert (reading.angle - torch.cat(angle, dim=2)).abs().max() < 1e-10
     for gate in reading.gates.values():
         assert gate.shape == (1, SAMPLE_EVERY, H)
         assert gate.min() >= 0
+
+
+def _to_modes(x: Tensor, modes: int) -> Tensor:
+    """(…, modes) of one value for all, or of a value for each pair ``[re | im]`` of reals that count as modes."""
+    return x.expand(*x.shape[:3], modes) if x.shape[-1] == 1 else x.repeat(1, 1, 1, modes // x.shape[-1])
 
 
 def _pairs(x: Tensor, modes: int) -> Tensor:

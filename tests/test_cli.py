@@ -23,9 +23,9 @@ from resonance_nn.data import train_tokenizer
 
 COMMON_SAMPLING = "--temperature --top-k --top-p --min-p --repetition-penalty --greedy --seed"
 COMMON_LEARNING = (
-    "--models --state-sizes --lrs --seeds --steps --minutes --hidden-size --layers --heads --init-std --cooldown "
-    "--weight-decay --tokens-per-batch --eval-every --target --dtype --threads --device --output-dir --resume "
-    "--overwrite --json --plot"
+    "--models --state-sizes --lrs --seeds --steps --minutes --hidden-size --layers --heads --init-std "
+    "--shortest-context --cooldown --weight-decay --tokens-per-batch --eval-every --target --dtype --threads --device "
+    "--output-dir --resume --overwrite --json --plot"
 )
 FLAGS = {
     "": "--version",

@@ -63,8 +63,7 @@ def definition(m: SpectralGateMixer, x: Tensor) -> Tensor:
         delta = delta.clamp(*m.time_step_limit)
     omega = p["frequency"] * delta[..., None] if turning else torch.zeros(B, L, H, 1)
     if m.rotation == "token":
-        forward, back = (1.02 * torch.sigmoid(x @ p["angle_proj.weight"].T - 4) - 0.01).clamp(0, 1).chunk(2, dim=-1)
-        omega = torch.cat((math.pi * (forward - back).view(B, L, H, -1), omega), dim=-1)
+        omega = omega + math.pi * torch.tanh(x @ p["angle_proj.weight"].T).view(omega.shape)
     damping = -delta * F.softplus(p["damping"])
     decay = torch.exp(torch.complex(damping[..., None].expand(omega.shape), omega.double()))
     gamma = torch.ones_like(delta)

@@ -53,23 +53,32 @@ def _spectral_gate(mixer: SpectralGateMixer, x: Tensor) -> Reading:
 
 
 def _holographic(mixer: HolographicMixer, x: Tensor) -> Reading:
-    """Modes are key channels, in complex pairs if the memory turns: their decay is what is forgotten unasked."""
-    K = 2 * mixer.num_modes
-    modes = mixer.num_modes if mixer.turns or mixer.hermitian else K
+    """Modes are key channels, in complex pairs if all of the memory turns: their decay is what is forgotten unasked. In
+    turning heads both channels of a pair have its λ, and the write gate is 1 − |λ|², a mean over the pairs."""
+    K, G = 2 * mixer.num_modes, mixer.gated_heads
+    modes = mixer.num_modes if mixer.rotation == "step" or mixer.hermitian else K
     log_decay, angle = mixer._transition(x)
     log_decay = log_decay if log_decay.dim() == 4 else log_decay[..., None]
+    angle = torch.zeros_like(log_decay) if angle is None else angle
     qkv, _ = mixer.conv(mixer.in_proj(x).split(mixer.sizes, dim=-1)[0])
     q = F.normalize(F.silu(qkv[..., : mixer.num_heads * K]).unflatten(-1, (-1, K)), dim=-1)
     if mixer.erase in ("delta", "none"):
         gates = {"beta": mixer.max_beta * torch.sigmoid(mixer.beta_proj(x))}
     else:
-        e, w = (
-            torch.sigmoid(mixer.gates_proj(x))
-            .unflatten(-1, (mixer.num_heads, -1))
-            .tensor_split([mixer.erase_channels], dim=-1)
-        )
+        e, w = torch.sigmoid(mixer.gates_proj(x)).unflatten(-1, (G, -1)).tensor_split([mixer.erase_channels], dim=-1)
         gates = {"erase": e.mean(-1), "write": w.mean(-1)}
-    angle = torch.zeros_like(log_decay) if angle is None else angle
+    if mixer.turning_heads:
+        log_modulus, turn = mixer._roots(x)
+        room = -torch.expm1(2 * log_modulus).mean(-1)
+        gates = {
+            name: torch.cat((room if name != "erase" else torch.zeros_like(room), gate), dim=2)
+            for name, gate in gates.items()
+        }
+        copies = modes // mixer.num_modes
+        log_decay, angle = (
+            torch.cat((own.repeat(1, 1, 1, copies), of_gated.expand(*of_gated.shape[:3], modes)), dim=2)
+            for own, of_gated in ((log_modulus, log_decay), (turn, angle))
+        )
     return Reading(-log_decay, angle, _energy_read(mixer, x, q, modes), gates)
 
 

@@ -84,6 +84,8 @@ class Sweep:
                 raise ValueError(f"models: {model!r} is unknown; choose from {', '.join(CONTESTANTS)}")
         if not 0 < self.shape.initializer_range < math.inf:
             raise ValueError(f"init_std = {self.shape.initializer_range}: must be > 0")
+        if self.shape.shortest_context is not None and self.shape.shortest_context < 1:
+            raise ValueError(f"shortest_context = {self.shape.shortest_context}: must be ≥ 1 token")
         for lr in self.lrs:
             replace(self.plan, lr=lr).check()
         for seed in self.seeds:

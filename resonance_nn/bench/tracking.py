@@ -12,8 +12,6 @@ from resonance_nn.bench.recall import RecallOptions
 from resonance_nn.bench.sweep import MARKERS, Sweep, axes_for, best, mean, rows, save_figure
 from resonance_nn.bench.tasks import LENGTHS, TRACKING, Task, mixture, tracking_task
 
-MODELS = ("llama", "resonance", "spectral_gate_real", "spectral_gate", "spectral_gate_token", "holographic_turning")
-PATIENCE = 64
 BOTH = "both"  # recall and parity in one vocabulary
 
 
@@ -41,12 +39,12 @@ class TrackingOptions:
 
 
 def run(sweep: Sweep, options: TrackingOptions, report: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-    """Train what is not trained yet; what is written as JSON. ``initial_context`` is ``PATIENCE`` times the longest
-    sequence: a state that decays within it cannot be followed through it."""
+    """Train what is not trained yet; what is written as JSON. ``initial_context`` is the longest training sequence: a
+    memory that still fills beyond it is in a state that was never trained on."""
     if not options.tasks or len(set(options.tasks)) < len(options.tasks):
         raise ValueError(f"tasks = {list(options.tasks)}: must be one or more, each once")
     tasks = {name: (options.task(name), options.settings(name)) for name in options.tasks}
-    context = PATIENCE * max(*options.train_lengths, *options.lengths)
+    context = max(*options.train_lengths, *(options.lengths if BOTH in options.tasks else ()))
     runs = replace(sweep, shape=replace(sweep.shape, initial_context=context)).run(tasks, report)
     return result("tracking", rows(runs), sweep.plan.device, options=asdict(options), runs=runs)
 

@@ -36,6 +36,10 @@ Width = Annotated[int, typer.Option("--hidden-size", help="Width of all models."
 Layers = Annotated[int, typer.Option(help="Depth of all models.")]
 Heads = Annotated[int | None, typer.Option(help="Of our models. Default: of 64 channels.", show_default=False)]
 InitStd = Annotated[float, typer.Option("--init-std", help="Of all linear maps and embeddings at first.")]
+ShortestContext = Annotated[
+    int | None,
+    typer.Option(help="Shortest time constants of ours at first, in tokens. Default: the longest.", show_default=False),
+]
 Cooldown = Annotated[float, typer.Option(help="Share of the budget in which the rate falls to 0.")]
 WeightDecay = Annotated[float, typer.Option(help="On linear maps and embeddings.")]
 BatchTokens = Annotated[int, typer.Option(help="Tokens of a step.")]
@@ -71,6 +75,7 @@ def recall(
     layers: Layers = 2,
     heads: Heads = None,
     init_std: InitStd = 0.06,
+    shortest_context: ShortestContext = None,
     cooldown: Cooldown = 0.2,
     weight_decay: WeightDecay = 0.1,
     tokens_per_batch: BatchTokens = 4096,
@@ -110,7 +115,7 @@ def tracking(
     ] = "parity,sum5",
     models: Annotated[
         str, typer.Option(help="By commas.")
-    ] = "llama,resonance,spectral_gate_real,spectral_gate,spectral_gate_token,holographic_turning",
+    ] = "llama,gated_delta,spectral_gate_real,spectral_gate,holographic_turning,holographic_turning_only",
     state_sizes: StateSizes = "64",
     lrs: Rates = "1e-3,3e-3",
     seeds: Seeds = "0",
@@ -126,6 +131,7 @@ def tracking(
     layers: Layers = 2,
     heads: Heads = None,
     init_std: InitStd = 0.06,
+    shortest_context: ShortestContext = None,
     cooldown: Cooldown = 0.2,
     weight_decay: WeightDecay = 0.1,
     tokens_per_batch: BatchTokens = 4096,
@@ -142,7 +148,7 @@ def tracking(
 ) -> None:
     """Train on state tracking at short lengths; accuracy at longer ones.
 
-    Example: resonance bench tracking --tasks parity --models llama,spectral_gate_token --minutes 10 --plot parity.png
+    Example: resonance bench tracking --tasks parity --models llama,holographic_turning --minutes 5 --plot parity.png
     """
     check_output(json_path, "--json")
     check_output(plot, "--plot")
@@ -207,6 +213,7 @@ def sweep_of(values: Mapping[str, Any]) -> Sweep:
             values["layers"],
             num_heads=values["heads"],
             initializer_range=values["init_std"],
+            shortest_context=values["shortest_context"],
         ),
         plan=Plan(
             steps=steps,

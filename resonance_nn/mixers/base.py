@@ -82,28 +82,16 @@ def document_begin(x: Tensor, past: Tensor | None, reset: Tensor | None) -> tupl
     return steps, begin
 
 
-def decay_rates(longest: float, count: int) -> Tensor:
-    """1/τ in nats a token (count), float64, for time constants τ log-spaced from 4 tokens to ``longest``."""
+def decay_rates(shortest: float, longest: float, count: int) -> Tensor:
+    """1/τ in nats a token (count), float64, for time constants τ log-spaced from ``shortest`` to ``longest`` tokens."""
     position = torch.linspace(0, 1, count, dtype=torch.float64) if count > 1 else torch.tensor([0.5]).double()
-    shortest = min(4.0, longest)
+    shortest = min(shortest, longest)
     return torch.exp(-(math.log(shortest) + position * math.log(longest / shortest)))
 
 
 def inverse_softplus(y: Tensor) -> Tensor:
     """x with log(1 + e^x) = y > 0."""
     return y + torch.log(-torch.expm1(-y))
-
-
-def turning_angle(scores: Tensor) -> Tensor:
-    """π(h(a) − h(b)) of scores [a | b] (…, 2M), h(s) = min(1, max(0, 1.02 σ(s − 4) − 0.01)): angles (…, M) in [−π, π],
-    one gate for each direction, 0 for scores of 0.
-
-    To saturate is the point, so here a bounded quantity is clamped: h is exactly 0 below scores of −0.6, 1 above 8.6.
-    A smooth gate's errors add up over tokens, and a loss that is nearly 0 does not remove them. The price: a token's
-    scores beyond those get no gradient; the map they come from does, from other tokens.
-    """
-    forward, back = (1.02 * torch.sigmoid(scores - 4) - 0.01).clamp(0, 1).chunk(2, dim=-1)
-    return math.pi * (forward - back)
 
 
 class Mixer(nn.Module):

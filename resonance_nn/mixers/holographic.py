@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resonance_nn.layers import RMSNorm, ShortConv
-from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens, turning_angle
+from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens
 from resonance_nn.ops.delta_rule import delta_rule_chunked, delta_rule_step
+from resonance_nn.ops.polygon import polygon_transition
 from resonance_nn.ops.precision import wide_dtype, wide_linear
 from resonance_nn.ops.semiseparable import semiseparable_chunked, semiseparable_step
 
@@ -38,25 +39,30 @@ class HolographicMixer(Mixer):
         decay "channel"    D_t = diag(α_t), one factor a key channel (a mode, if it turns or is hermitian), in (e^−5, 1)
         decay "none"       nothing is forgotten but by erasing
         rotation "step"    D_t turns mode n by δ_t ω_n
-        rotation "token"   D_t turns the first half of the modes by angles of the token's own (``turning_angle``); the
-                           others stand still, so that a key meets its query whatever came in between
+        rotation "token"   the first half of the heads turn, the others are as above:
+                           S_t = λ_t ∘ S_{t−1} + (1 − |λ_t|²) ∘ k_t v_t^T, with λ of the token's own a mode, the point
+                           nearest to z = W_λ x in the polygon of the p-th roots of unity, p = ``config.orders`` in turn
+                           (``ops.polygon``). A mode that keeps all of its state has room for nothing new
 
+    W_λ is a parameter of its own and no linear layer, as weight decay would pull λ inwards and make the state forget.
     Angles and log-decays add up over tokens, so what they come from is computed in float32 or wider under autocast too.
 
     State: ``conv`` (B, W − 1, H(2K + P)), ``memory`` (B, H, K, P), whatever the context.
     """
 
     state_names = ("conv", "memory")
-    float32_parameters = ("damping", "frequency", "step_bias", "decay_bias", "step_proj", "angle_proj")
+    float32_parameters = ("damping", "frequency", "step_bias", "decay_bias", "step_proj", "roots")
 
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)
         D, H, N, P = config.hidden_size, config.num_heads, config.num_modes, self.head_dim
-        self.num_modes, self.longest = N, config.initial_context
+        self.num_modes = N
+        self.shortest, self.longest = config.shortest_context, config.initial_context
         self.chunk_size = min(config.chunk_size, 64)
         self.erase, self.decay, self.max_beta = config.erase, config.decay, config.max_beta
         self.rotation = config.rotation or "none"
-        self.turns = self.rotation != "none"
+        self.turning_heads = H // 2 if self.rotation == "token" else 0
+        G = self.gated_heads = H - self.turning_heads
         self.hermitian = self.erase == "hermitian"
         K = 2 * N
         self.sizes = (2 * K * H + D, D)  # [q | k | v] for the convolution, z
@@ -64,50 +70,50 @@ class HolographicMixer(Mixer):
         self.conv = ShortConv(self.sizes[0], config.conv_size)
         self.steps = self.decay == "head" or self.rotation == "step"
         if self.steps:
-            self.step_proj = nn.Linear(D, H, bias=False)
-            self.step_bias = nn.Parameter(torch.empty(H))
+            self.step_proj = nn.Linear(D, G, bias=False)
+            self.step_bias = nn.Parameter(torch.empty(G))
         if self.decay == "head":
-            self.damping = nn.Parameter(torch.empty(H))
+            self.damping = nn.Parameter(torch.empty(G))
         elif self.decay == "channel":
-            self.decay_channels = N if self.turns or self.hermitian else K
+            self.decay_channels = N if self.rotation == "step" or self.hermitian else K
             self.decay_proj = nn.Sequential(
-                nn.Linear(D, P, bias=False), nn.Linear(P, H * self.decay_channels, bias=False)
+                nn.Linear(D, P, bias=False), nn.Linear(P, G * self.decay_channels, bias=False)
             )
-            self.decay_bias = nn.Parameter(torch.empty(H, self.decay_channels))
+            self.decay_bias = nn.Parameter(torch.empty(G, self.decay_channels))
         if self.rotation == "step":
             self.frequency = nn.Parameter(torch.empty(H, N))
         elif self.rotation == "token":
-            self.turning_modes = (N + 1) // 2
-            self.angle_proj = nn.Linear(D, 2 * H * self.turning_modes, bias=False)
+            self.orders = [config.orders[n % len(config.orders)] for n in range(N)]
+            self.roots = nn.Parameter(torch.empty(2 * self.turning_heads * N, D))  # W_λ
         if self.erase in ("delta", "none"):
-            self.beta_proj = nn.Linear(D, H, bias=False)
+            self.beta_proj = nn.Linear(D, G, bias=False)
         else:
             self.erase_channels = N if self.hermitian else K
             self.gates_proj = nn.Sequential(
-                nn.Linear(D, P, bias=False), nn.Linear(P, H * (self.erase_channels + P), bias=False)
+                nn.Linear(D, P, bias=False), nn.Linear(P, G * (self.erase_channels + P), bias=False)
             )
         self.norm = RMSNorm(P, config.norm_eps)
         self.out_proj = nn.Linear(D, D, bias=False)
         self._initialise()
 
     def initial_values(self) -> dict[str, Tensor]:
-        """δ = 1; time constants log-spaced, over the heads or over each head's channels, from 4 tokens to the longest
-        context; ω_n = 2π/context · n/N, at most a turn in the longest context, as a key must still meet itself where
-        it is asked for; tokens begin with no angle of their own, for the same reason."""
-        H, N = self.num_heads, self.num_modes
+        """δ = 1; time constants log-spaced over the heads, or over each head's channels, from the shortest context to
+        the longest; ω_n = 2π/context · n/N, at most a turn in the longest context, as a key must still meet itself
+        where it is asked for; |z| about 0.3, well inside of the polygons, where the loss can move λ anywhere."""
+        H, N = self.gated_heads, self.num_modes
         values: dict[str, Tensor] = {}
         if self.steps:
             values["step_bias"] = inverse_softplus(torch.ones(H, dtype=torch.float64))
         if self.decay == "head":
-            values["damping"] = inverse_softplus(decay_rates(self.longest, H))
+            values["damping"] = inverse_softplus(decay_rates(self.shortest, self.longest, H))
         elif self.decay == "channel":
-            share = decay_rates(self.longest, self.decay_channels) / -MIN_LOG_DECAY
+            share = decay_rates(self.shortest, self.longest, self.decay_channels) / -MIN_LOG_DECAY
             values["decay_bias"] = torch.logit(share).expand(H, -1)
         if self.rotation == "step":
             omega = 2 * math.pi / self.longest * torch.arange(N, dtype=torch.float64) / N
             values["frequency"] = omega.expand(H, N)
         elif self.rotation == "token":
-            values["angle_proj.weight"] = torch.zeros(self.angle_proj.weight.shape)
+            values["roots"] = torch.randn(self.roots.shape) * 0.2 * self.hidden_size**-0.5
         return values
 
     def mix(
@@ -127,63 +133,108 @@ class HolographicMixer(Mixer):
         qkv, tail = self.conv(qkv, state.get("conv"), reset=reset, length=length)
         q, k, v = (t.view(B, L, H, -1) for t in F.silu(qkv).split((H * K, H * K, D), dim=-1))
         q, k = _unit(q) * K**-0.5, _unit(k)  # float32 or wider
-        log_decay, angle = self._transition(x)
-        erase, v = self._gates(x, k, v)
-        S = state.get("memory")
-        if L == 1 and S is not None and reset is None and length is None:
-            turn = None if angle is None else angle[:, 0]
-            if erase is None:
-                y, S = semiseparable_step(v[:, 0], k[:, 0], q[:, 0], log_decay[:, 0], turn, S)
-            else:
-                y, S = delta_rule_step(
-                    v[:, 0], k[:, 0], q[:, 0], erase[:, 0], log_decay[:, 0], turn, S, hermitian=self.hermitian
-                )
-            y = y[:, None]
+        S, T = state.get("memory"), self.turning_heads
+        if T == 0:
+            y, S = self._recall(x, q, k, v, S, reset, length)
         else:
-            mask = real_tokens(x, length)
-            common = {"state": S, "reset": reset, "mask": mask, "chunk_size": self.chunk_size}
-            if erase is None:
-                y, S = semiseparable_chunked(v, k, q, log_decay, angle, **common)
-            else:
-                y, S = delta_rule_chunked(
-                    *(v, k, q, erase, log_decay, angle),
-                    hermitian=self.hermitian,
-                    min_log_decay=MIN_LOG_DECAY,
-                    **common,
-                )
+            (q0, q1), (k0, k1), (v0, v1) = (t.tensor_split([T], dim=2) for t in (q, k, v))
+            S0, S1 = (None, None) if S is None else S.tensor_split([T], dim=1)
+            y0, S0 = self._turn(x, q0, k0, v0, S0, reset, length)
+            y1, S1 = self._recall(x, q1, k1, v1, S1, reset, length)
+            y, S = torch.cat((y0, y1), dim=2), torch.cat((S0, S1), dim=1)
         y = self.norm(y.to(x.dtype)).reshape(B, L, D)
         y = self.out_proj(y * F.silu(z))
         return y, {"conv": tail, "memory": S} if return_state else None
 
+    def _recall(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor | None, reset: Tensor | None, length: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """y (B, L, G, P) and the memory of the G gated heads."""
+        log_decay, angle = self._transition(x)
+        erase, v = self._gates(x, k, v)
+        if erase is not None:
+            return self._delta_rule(v, k, q, erase, log_decay, angle, S, reset, length, self.hermitian)
+        if x.shape[1] == 1 and S is not None and reset is None and length is None:
+            turn = None if angle is None else angle[:, 0]
+            y, S = semiseparable_step(v[:, 0], k[:, 0], q[:, 0], log_decay[:, 0], turn, S)
+            return y[:, None], S
+        mask = real_tokens(x, length)
+        return semiseparable_chunked(
+            v, k, q, log_decay, angle, state=S, reset=reset, mask=mask, chunk_size=self.chunk_size
+        )
+
+    def _turn(
+        self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor | None, reset: Tensor | None, length: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """y (B, L, T, P) and the memory of the T turning heads."""
+        log_modulus, angle = self._roots(x)
+        room = -torch.expm1(2 * log_modulus)  # 1 − |λ|²
+        k = k * torch.cat((room, room), dim=-1)
+        return self._delta_rule(v, k, q, torch.zeros_like(k), log_modulus, angle, S, reset, length)
+
+    def _delta_rule(
+        self,
+        v: Tensor,
+        k: Tensor,
+        q: Tensor,
+        erase: Tensor,
+        log_decay: Tensor,
+        angle: Tensor | None,
+        S: Tensor | None,
+        reset: Tensor | None,
+        length: Tensor | None,
+        hermitian: bool = False,
+    ) -> tuple[Tensor, Tensor]:
+        if v.shape[1] == 1 and S is not None and reset is None and length is None:
+            turn = None if angle is None else angle[:, 0]
+            y, after = delta_rule_step(
+                v[:, 0], k[:, 0], q[:, 0], erase[:, 0], log_decay[:, 0], turn, S, hermitian=hermitian
+            )
+            return y[:, None], after
+        return delta_rule_chunked(
+            *(v, k, q, erase, log_decay, angle),
+            hermitian=hermitian,
+            min_log_decay=MIN_LOG_DECAY,
+            state=S,
+            reset=reset,
+            mask=real_tokens(v, length),
+            chunk_size=self.chunk_size,
+        )
+
+    def _roots(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """log|λ| and arg λ (B, L, T, N) of the turning heads."""
+        z = wide_linear(x, self.roots).unflatten(-1, (self.turning_heads, 2, self.num_modes))
+        re, im = z.unbind(-2)
+        return polygon_transition(re, im, self.orders, MIN_LOG_DECAY)
+
     def _transition(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Log-decays (B, L, H) or (B, L, H, channels), angles (B, L, H, N) or None."""
+        """Of the gated heads: log-decays (B, L, G) or (B, L, G, channels), angles (B, L, G, N) or None."""
         B, L, _ = x.shape
         wide = wide_dtype(x)
-        delta = x.new_zeros(B, L, self.num_heads, dtype=wide)
+        delta = x.new_zeros(B, L, self.gated_heads, dtype=wide)
         if self.steps:
             delta = F.softplus(wide_linear(x, self.step_proj.weight) + self.step_bias.to(wide))
         if self.decay == "head":
             log_decay = -delta * F.softplus(self.damping.to(wide))
         elif self.decay == "channel":
-            score = self.decay_proj(x).view(B, L, self.num_heads, -1).to(wide) + self.decay_bias.to(wide)
+            score = self.decay_proj(x).view(B, L, self.gated_heads, -1).to(wide) + self.decay_bias.to(wide)
             log_decay = MIN_LOG_DECAY * torch.sigmoid(score)
         else:
             log_decay = torch.zeros_like(delta)
         if self.rotation == "step":
             return log_decay, delta[..., None] * self.frequency.to(wide)
-        if self.rotation == "token":
-            angle = turning_angle(wide_linear(x, self.angle_proj.weight)).view(B, L, self.num_heads, -1)
-            return log_decay, F.pad(angle, (0, self.num_modes - self.turning_modes))
         return log_decay, None
 
     def _gates(self, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor]:
-        """What to erase (B, L, H, K), None for nothing, and what to write (B, L, H, P)."""
-        B, L, H, P = v.shape
+        """Of the gated heads: what to erase (B, L, G, K), None if the op for it need not be the delta rule's, and what
+        to write (B, L, G, P)."""
         if self.erase in ("delta", "none"):
-            beta = self.max_beta * torch.sigmoid(self.beta_proj(x))[..., None]  # (B, L, H, 1)
-            return (beta * k if self.erase == "delta" else None), beta.to(v.dtype) * v
-        gates = torch.sigmoid(self.gates_proj(x)).view(B, L, H, -1)
-        e, w = gates.split((self.erase_channels, P), dim=-1)
+            beta = self.max_beta * torch.sigmoid(self.beta_proj(x))[..., None]  # (B, L, G, 1)
+            if self.erase == "delta":
+                return beta * k, beta.to(v.dtype) * v
+            return torch.zeros_like(k) if self.decay == "channel" else None, beta.to(v.dtype) * v
+        gates = torch.sigmoid(self.gates_proj(x)).unflatten(-1, (self.gated_heads, -1))
+        e, w = gates.tensor_split([self.erase_channels], dim=-1)
         e = torch.cat((e, e), dim=-1) if self.hermitian else e
         return e * k, w.to(v.dtype) * v
 

@@ -43,7 +43,8 @@ class HRRMixer(Mixer):
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)
         D, H, R = config.hidden_size, config.num_heads, config.num_traces
-        self.num_traces, self.longest, self.chunk_size = R, config.initial_context, config.chunk_size
+        self.num_traces, self.chunk_size = R, config.chunk_size
+        self.shortest, self.longest = config.shortest_context, config.initial_context
         self.erases, self.max_beta = R > 1 and config.erase != "none", config.max_beta
         self.sizes = (R * D, R * D, D)  # q, k, v
         self.in_proj = nn.Linear(D, sum(self.sizes) + D, bias=False)
@@ -57,10 +58,10 @@ class HRRMixer(Mixer):
         self._initialise()
 
     def initial_values(self) -> dict[str, Tensor]:
-        """δ = 1; time constants log-spaced over the heads from 4 tokens to the longest context."""
+        """δ = 1; time constants log-spaced over the heads from the shortest context to the longest."""
         H = self.num_heads
         return {
-            "damping": inverse_softplus(decay_rates(self.longest, H)),
+            "damping": inverse_softplus(decay_rates(self.shortest, self.longest, H)),
             "step_bias": inverse_softplus(torch.ones(H, dtype=torch.float64)),
         }
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resonance_nn.layers import GroupedRMSNorm, RMSNorm, ShortConv
-from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens, turning_angle
+from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens
 from resonance_nn.ops.precision import wide_dtype, wide_linear, without_autocast
 from resonance_nn.ops.semiseparable import semiseparable_chunked, semiseparable_step
 
@@ -33,8 +33,7 @@ class SpectralGateMixer(Mixer):
 
     Options, by their fields of the config:
 
-        rotation            "none": 2N real modes, no ω.  "token": the first half of the modes turn by angles of the
-                            token's own instead of δ_t ω_n (``turning_angle`` of W_φ x, W_φ = 0 at first)
+        rotation            "none": 2N real modes, no ω.  "token": angle δ_t ω_n + π tanh(W_φ x), W_φ = 0 at first
         expand, num_groups  heads of P = expand·D/H channels; b and c shared by the H/G heads of a group
         normalize_gates     False: b and c as they are
         output_norm         "gated": RMSNorm in G groups of the gated output, (y + d ∘ v) ∘ silu(W_z x), before W_o
@@ -61,7 +60,8 @@ class SpectralGateMixer(Mixer):
         D, H, N, G = config.hidden_size, config.num_heads, config.num_modes, config.num_groups
         E, K = config.expand * D, 2 * N
         self.head_dim, self.num_groups, self.num_modes = E // H, G, N
-        self.longest, self.chunk_size = config.initial_context, config.chunk_size
+        self.shortest, self.longest = config.shortest_context, config.initial_context
+        self.chunk_size = config.chunk_size
         self.initial_step, self.time_step_limit = config.initial_step, config.time_step_limit
         self.rotation = config.rotation or "step"
         self.normalize_gates, self.trapezoidal = config.normalize_gates, config.trapezoidal
@@ -74,13 +74,12 @@ class SpectralGateMixer(Mixer):
         self.step_proj = nn.Linear(D, H, bias=False)
         self.conv = ShortConv(self.sizes[0], config.conv_size, config.conv_bias)
         self.damping = nn.Parameter(torch.empty(H))
-        self.turning_modes = (N + 1) // 2 if self.rotation == "token" else 0  # by angles of the token's own
         if self.rotation != "none":
-            self.frequency = nn.Parameter(torch.empty(H, N - self.turning_modes))
+            self.frequency = nn.Parameter(torch.empty(H, N))
         self.step_bias = nn.Parameter(torch.empty(H))
         self.skip = nn.Parameter(torch.empty(H))
         if self.rotation == "token":
-            self.angle_proj = nn.Linear(D, 2 * H * self.turning_modes, bias=False)
+            self.angle_proj = nn.Linear(D, H * N, bias=False)
         self.mixing = None
         if config.frequency_mixing:  # C: [real | imaginary], or real
             self.mixing = nn.Parameter(torch.empty(H, K // self.modes, self.modes, self.modes))
@@ -93,13 +92,13 @@ class SpectralGateMixer(Mixer):
         self._initialise()
 
     def initial_values(self) -> dict[str, Tensor]:
-        """δ = 1; time constants 1/a log-spaced over the heads from 4 tokens to the longest context;
+        """δ = 1; time constants 1/a log-spaced over the heads from the shortest context to the longest;
         ω_n = π/8 · context^(−n/N), one turn in 16 tokens and slower: faster ones hinder learning at first
         (docs/experiments.md). With ``initial_step`` as in Mamba-2: a = 1 … H, and δ log-uniform in its bounds.
         γ = 1/2, the trapezoidal rule proper."""
         H, N = self.num_heads, self.num_modes
         if self.initial_step is None:
-            a = decay_rates(self.longest, H)
+            a = decay_rates(self.shortest, self.longest, H)
             delta = torch.ones(H, dtype=torch.float64)
         else:
             low, high = self.initial_step
@@ -107,8 +106,7 @@ class SpectralGateMixer(Mixer):
             delta = low * (high / low) ** torch.rand(H, dtype=torch.float64)
         values = {"damping": inverse_softplus(a), "step_bias": inverse_softplus(delta), "skip": torch.ones(H)}
         if self.rotation != "none":
-            N -= self.turning_modes
-            omega = math.pi / 8 * torch.exp(-math.log(self.longest) * torch.arange(N, dtype=torch.float64) / max(N, 1))
+            omega = math.pi / 8 * torch.exp(-math.log(self.longest) * torch.arange(N, dtype=torch.float64) / N)
             values["frequency"] = omega.expand(H, N)
         if self.rotation == "token":
             values["angle_proj.weight"] = torch.zeros(self.angle_proj.weight.shape)
@@ -190,8 +188,8 @@ class SpectralGateMixer(Mixer):
             return delta, log_decay, None
         angle = delta[..., None] * self.frequency.to(wide)
         if self.rotation == "token":
-            own = turning_angle(wide_linear(x, self.angle_proj.weight))
-            angle = torch.cat((own.unflatten(-1, (self.num_heads, -1)), angle), dim=-1)
+            own = wide_linear(x, self.angle_proj.weight).view(angle.shape)
+            angle = angle + math.pi * torch.tanh(own)
         return delta, log_decay, angle
 
     def _read(self, c: Tensor) -> Tensor:
