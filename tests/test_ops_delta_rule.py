@@ -24,6 +24,9 @@ FORMS = {
     "hermitian": {"turning": True, "hermitian": True},
     "hermitian_channel": {"turning": True, "hermitian": True, "channel": True},
     "hermitian_channel_still": {"hermitian": True, "channel": True},
+    "nothing_erased": {"nothing_erased": True},
+    "nothing_erased_turning_channel": {"nothing_erased": True, "turning": True, "channel": True, "min_log_decay": -5.0},
+    "nothing_erased_hermitian": {"nothing_erased": True, "turning": True, "hermitian": True, "channel": True},
 }
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -33,7 +36,7 @@ def inputs(L, form, dtype=torch.float64, B=2, H=3, P=5, N=4, strength=1.0):
     channel, turning = form.get("channel", False), form.get("turning", False)
     v = torch.randn(B, L, H, P, dtype=dtype)
     k, q = (F.normalize(torch.randn(B, L, H, K, dtype=dtype), dim=-1) for _ in range(2))
-    erase = strength * torch.rand(B, L, H, K, dtype=dtype) * k
+    erase = None if form.get("nothing_erased") else strength * torch.rand(B, L, H, K, dtype=dtype) * k
     shape = (B, L, H, N if turning or form.get("hermitian") else K) if channel else (B, L, H)
     log_decay = -4.9 * torch.rand(shape, dtype=dtype) ** 4
     angle = 4 * torch.randn(B, L, H, N, dtype=dtype) if turning else None

@@ -144,7 +144,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "holographic_gated": Contestant({**CHANNEL, "erase": "gated"}, "erase and write gates a channel"),
     "holographic_turning": Contestant({**HOLOGRAPHIC, "rotation": "token"}, "half of the heads turn by roots of unity"),
     "holographic_turning_only": Contestant(
-        {**HOLOGRAPHIC, "rotation": "token", "conv_size": 1}, "the same without short convolutions"
+        {**HOLOGRAPHIC, "rotation": "token", "conv_size": 1}, "as holographic_turning, without short convolutions"
     ),
     "holographic_rotating": Contestant(
         {**CHANNEL, "erase": "hermitian", "rotation": "token"}, "complex keys, gates a channel, roots of unity"

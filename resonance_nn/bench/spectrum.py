@@ -6,7 +6,7 @@ For every head the factor Λ_t = exp(−decay_t + i angle_t) of each mode is ave
     period      2π / mean|angle|, tokens a turn, angles taken in (−π, π]
     use         the mode's share of the energy read from the head's memory, |c_t,n|² ‖S_t,n‖², over every 32nd token
 
-Constant filters (``resonance``) have one decay and angle a mode; selective ones follow the token's step δ_t, or, with
+Constant filters (``resonance``) have one decay and angle a mode; selective ones follow the token's step δ_t, and, with
 rotation "token", its own angles: then a period is their mean size, and need not be an oscillation. What a mode is in
 each mixer: ``bench.resonators``. Coarse scales of ``multi_scale`` step once a block; here all is in tokens.
 """

@@ -203,7 +203,7 @@ def axes_for(title: str, x: str, y: str) -> tuple[Figure, Axes]:
     """An empty plot."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(9, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.set_title(title, fontsize="small")
     axes.set_xlabel(x)
@@ -213,7 +213,7 @@ def axes_for(title: str, x: str, y: str) -> tuple[Figure, Axes]:
 
 
 def save_figure(figure: Figure, path: str | os.PathLike[str]) -> None:
-    """As PNG, whole or not at all."""
-    figure.gca().legend(fontsize="small")
+    """As PNG, whole or not at all; the legend stands beside the plot, where it hides nothing."""
+    figure.gca().legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0)
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=150)

@@ -75,5 +75,7 @@ def plot(payload: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     axes.axvline(longest, color="grey", linewidth=0.8)
     axes.annotate("trained up to here", (longest, 0.02), xytext=(4, 0), textcoords="offset points", fontsize="small")
     axes.set_xscale("log", base=2)
+    lengths = list(payload["options"]["lengths"])
+    axes.set_xticks(lengths, [str(n) for n in lengths])
     axes.set_ylim(0, 1.02)
     save_figure(figure, path)

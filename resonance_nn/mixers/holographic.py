@@ -36,7 +36,7 @@ class HolographicMixer(Mixer):
         erase "gated"      S_t = (I − k(e ∘ k)^T) D_t S_{t−1} + k (w ∘ v)^T, e, w in (0, 1) a key, a value channel
         erase "hermitian"  the same on complex keys of N modes: (I − k(e ∘ k)^H), y = Re(q^H S)
         erase "none"       Hebbian: β_t k_t v_t^T is added
-        decay "channel"    D_t = diag(α_t), one factor a key channel (a mode, if it turns or is hermitian), in (e^−5, 1)
+        decay "channel"    D_t = diag(α_t), one factor a key channel (a mode with "step" or "hermitian"), in (e^−5, 1)
         decay "none"       nothing is forgotten but by erasing
         rotation "step"    D_t turns mode n by δ_t ω_n
         rotation "token"   the first half of the heads turn, the others are as above:
@@ -152,7 +152,7 @@ class HolographicMixer(Mixer):
         """y (B, L, G, P) and the memory of the G gated heads."""
         log_decay, angle = self._transition(x)
         erase, v = self._gates(x, k, v)
-        if erase is not None:
+        if erase is not None or self.decay == "channel":
             return self._delta_rule(v, k, q, erase, log_decay, angle, S, reset, length, self.hermitian)
         if x.shape[1] == 1 and S is not None and reset is None and length is None:
             turn = None if angle is None else angle[:, 0]
@@ -170,14 +170,14 @@ class HolographicMixer(Mixer):
         log_modulus, angle = self._roots(x)
         room = -torch.expm1(2 * log_modulus)  # 1 − |λ|²
         k = k * torch.cat((room, room), dim=-1)
-        return self._delta_rule(v, k, q, torch.zeros_like(k), log_modulus, angle, S, reset, length)
+        return self._delta_rule(v, k, q, None, log_modulus, angle, S, reset, length)
 
     def _delta_rule(
         self,
         v: Tensor,
         k: Tensor,
         q: Tensor,
-        erase: Tensor,
+        erase: Tensor | None,
         log_decay: Tensor,
         angle: Tensor | None,
         S: Tensor | None,
@@ -186,10 +186,8 @@ class HolographicMixer(Mixer):
         hermitian: bool = False,
     ) -> tuple[Tensor, Tensor]:
         if v.shape[1] == 1 and S is not None and reset is None and length is None:
-            turn = None if angle is None else angle[:, 0]
-            y, after = delta_rule_step(
-                v[:, 0], k[:, 0], q[:, 0], erase[:, 0], log_decay[:, 0], turn, S, hermitian=hermitian
-            )
+            e, turn = (None if t is None else t[:, 0] for t in (erase, angle))
+            y, after = delta_rule_step(v[:, 0], k[:, 0], q[:, 0], e, log_decay[:, 0], turn, S, hermitian=hermitian)
             return y[:, None], after
         return delta_rule_chunked(
             *(v, k, q, erase, log_decay, angle),
@@ -226,13 +224,10 @@ class HolographicMixer(Mixer):
         return log_decay, None
 
     def _gates(self, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Of the gated heads: what to erase (B, L, G, K), None if the op for it need not be the delta rule's, and what
-        to write (B, L, G, P)."""
+        """Of the gated heads: what to erase (B, L, G, K), None for nothing, and what to write (B, L, G, P)."""
         if self.erase in ("delta", "none"):
             beta = self.max_beta * torch.sigmoid(self.beta_proj(x))[..., None]  # (B, L, G, 1)
-            if self.erase == "delta":
-                return beta * k, beta.to(v.dtype) * v
-            return torch.zeros_like(k) if self.decay == "channel" else None, beta.to(v.dtype) * v
+            return (beta * k if self.erase == "delta" else None), beta.to(v.dtype) * v
         gates = torch.sigmoid(self.gates_proj(x)).unflatten(-1, (self.gated_heads, -1))
         e, w = gates.tensor_split([self.erase_channels], dim=-1)
         e = torch.cat((e, e), dim=-1) if self.hermitian else e

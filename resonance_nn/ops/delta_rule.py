@@ -22,6 +22,7 @@ Attention (2025), separate gates: Gated DeltaNet-2 (Hatamizadeh et al. 2026). Th
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def delta_rule_reference(
     v: Tensor,
     k: Tensor,
     q: Tensor,
-    erase: Tensor,
+    erase: Tensor | None,
     log_decay: Tensor,
     angle: Tensor | None = None,
     *,
@@ -58,7 +59,8 @@ def delta_rule_reference(
         if reset is not None:
             S = S * (~reset[:, t])[:, None, None, None]
         turn = None if angle is None else angle[:, t]
-        y, after = delta_rule_step(v[:, t], k[:, t], q[:, t], erase[:, t], log_decay[:, t], turn, S, hermitian)
+        e = None if erase is None else erase[:, t]
+        y, after = delta_rule_step(v[:, t], k[:, t], q[:, t], e, log_decay[:, t], turn, S, hermitian)
         S = after if mask is None else torch.where(mask[:, t, None, None, None], after, S)
         outputs.append(y)
     return torch.stack(outputs, dim=1), S
@@ -69,7 +71,7 @@ def delta_rule_step(
     v: Tensor,
     k: Tensor,
     q: Tensor,
-    erase: Tensor,
+    erase: Tensor | None,
     log_decay: Tensor,
     angle: Tensor | None,
     state: Tensor,
@@ -78,7 +80,8 @@ def delta_rule_step(
     """One token: v (B, H, P), k, q, erase (B, H, K), log_decay (B, H) or (B, H, K) (N with angles or hermitian), angle
     (B, H, N) or None, state (B, H, K, P) -> y (B, H, P) and the next state."""
     wide = wide_dtype(v)
-    S, k, q, erase, value = state.to(wide), k.to(wide), q.to(wide), erase.to(wide), v.to(wide)
+    S, k, q, value = state.to(wide), k.to(wide), q.to(wide), v.to(wide)
+    erase = None if erase is None else erase.to(wide)
     decay = log_decay.to(wide).exp()
     if decay.dim() == 2:
         decay = decay[..., None]
@@ -89,9 +92,11 @@ def delta_rule_step(
         turn = angle.to(wide)[..., None]
         S = rotate(S, turn.cos(), turn.sin(), dim=-2)
     if hermitian:
-        S, k, q, erase = _complex(S, -2), _complex(k), _complex(q), _complex(erase)
-    recalled = (erase.conj()[..., None, :] @ S).squeeze(-2)  # (B, H, P)
-    S = S + k[..., :, None] * (value - recalled)[..., None, :]
+        S, k, q = _complex(S, -2), _complex(k), _complex(q)
+        erase = None if erase is None else _complex(erase)
+    if erase is not None:
+        value = value - (erase.conj()[..., None, :] @ S).squeeze(-2)  # (B, H, P)
+    S = S + k[..., :, None] * value[..., None, :]
     y = (q.conj()[..., None, :] @ S).squeeze(-2)
     if hermitian:
         y, S = y.real, _real(S, -2)
@@ -103,7 +108,7 @@ def delta_rule_chunked(
     v: Tensor,
     k: Tensor,
     q: Tensor,
-    erase: Tensor,
+    erase: Tensor | None,
     log_decay: Tensor,
     angle: Tensor | None = None,
     *,
@@ -124,12 +129,12 @@ def delta_rule_chunked(
         Y     = M U + (Q − M Z) S_in
         S_out = e^{iθ_T} ( e^{cum_T} − K̂^T Z ) S_in + e^{iθ_T} K̂^T U
 
-    so that between chunks one K×K by K×P product is left.
+    so that between chunks one K×K by K×P product is left; without erasing, U = V and Z = 0, and none is.
 
     Args:
         v: what is written (B, L, H, P). Products with it run in its dtype; the inverse, decays, angles and states in
             float32 or wider.
-        k, q, erase: (B, L, H, K); K = 2N with ``angle`` or ``hermitian``.
+        k, q, erase: (B, L, H, K); K = 2N with ``angle`` or ``hermitian``. ``erase`` None erases nothing.
         log_decay: ≤ 0, nats a step: (B, L, H), one a head, or (B, L, H, K), one a channel (N, one a mode,
             with angles or hermitian).
         angle: (B, L, H, N), radians a step, or None.
@@ -153,7 +158,8 @@ def delta_rule_chunked(
     by_channel = log_decay.dim() == 4
     if mask is not None:
         hidden = ~mask[..., None, None]
-        k, erase = k.masked_fill(hidden, 0), erase.masked_fill(hidden, 0)
+        k = k.masked_fill(hidden, 0)
+        erase = None if erase is None else erase.masked_fill(hidden, 0)
         log_decay = log_decay.masked_fill(hidden if by_channel else hidden[..., 0], 0)
         angle = None if angle is None else angle.masked_fill(hidden, 0)
     padding = -L % T
@@ -163,20 +169,23 @@ def delta_rule_chunked(
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding)) if padding else x
         return x.view(B, C, T, H, -1).transpose(2, 3)
 
-    v, k, q, erase = chunks(v), chunks(k).to(wide), chunks(q).to(wide), chunks(erase).to(wide)
+    v, k, q = chunks(v), chunks(k).to(wide), chunks(q).to(wide)
+    erase = None if erase is None else chunks(erase).to(wide)
     cum = chunks(log_decay).cumsum(-2, dtype=wide)  # (B, C, H, T, 1 or K)
     cos = sin = None
     if angle is not None:
         theta = reduce_angle(chunks(angle).cumsum(-2, dtype=phase_dtype(angle)), wide)  # (B, C, H, T, N)
         cos, sin = theta.cos(), theta.sin()
-        k, q, erase = rotate(k, cos, -sin), rotate(q, cos, -sin), rotate(erase, cos, -sin)
+        k, q = rotate(k, cos, -sin), rotate(q, cos, -sin)
+        erase = None if erase is None else rotate(erase, cos, -sin)
         cos, sin = cos[..., -1, :, None], sin[..., -1, :, None]  # (B, C, H, N, 1)
         if by_channel and not hermitian:
             cum = torch.cat((cum, cum), dim=-1)
     S = v.new_zeros(B, H, K, P, dtype=wide) if state is None else state.to(wide)
     out_dtype = dtype = v.dtype
     if hermitian:
-        k, q, erase, S = _complex(k), _complex(q).conj(), _complex(erase).conj(), _complex(S, -2)
+        k, q, S = _complex(k), _complex(q).conj(), _complex(S, -2)
+        erase = None if erase is None else _complex(erase).conj()
         v, dtype = v.to(k.dtype), k.dtype
 
     from_start, to_end, carry = cum.exp(), (cum[..., -1:, :] - cum).exp(), cum[..., -1, :].exp()
@@ -188,31 +197,46 @@ def delta_rule_chunked(
         from_start = from_start * (document == 0)[..., None]
         to_end = to_end * (document == document[..., -1:])[..., None]
         carry = carry * (document[..., -1:] == 0)
-    A, M = _scores(erase, q, k, cum, same, min_log_decay)  # (B, C, H, T, T)
-    X, M = UnitLowerInverse.apply(A).to(dtype), M.to(dtype)
-    U, Z = X @ v, X @ (erase * from_start).to(dtype)  # (B, C, H, T, P or K)
     ended = (k * to_end).to(dtype).mT  # K̂^T
-    G = torch.diag_embed(carry.expand(*carry.shape[:-1], k.shape[-1])) - (ended @ Z).to(S.dtype)  # (B, C, H, K, K)
+    reads = (q * from_start).to(dtype)  # Q
+    if erase is None:
+        (M,) = _scores([q], k, cum, same, min_log_decay)  # (B, C, H, T, T)
+        U, M = v, M.to(dtype)
+        G = carry.expand(*carry.shape[:-1], k.shape[-1])[..., None]  # (B, C, H, K, 1)
+    else:
+        A, M = _scores([erase, q], k, cum, same, min_log_decay)
+        X, M = UnitLowerInverse.apply(A).to(dtype), M.to(dtype)
+        U, Z = X @ v, X @ (erase * from_start).to(dtype)  # (B, C, H, T, P or K)
+        G = torch.diag_embed(carry.expand(*carry.shape[:-1], k.shape[-1])) - (ended @ Z).to(S.dtype)  # (B, C, H, K, K)
+        reads = reads - M @ Z
     written = (ended @ U).to(S.dtype)
+    turns = itertools.repeat(None)
     if cos is not None and sin is not None:
-        G, written = (_turn(x, cos, sin, hermitian) for x in (G, written))
+        written = _turn(written, cos, sin, hermitian)
+        if erase is None:
+            turns = zip(cos.unbind(1), sin.unbind(1), strict=True)
+        else:
+            G = _turn(G, cos, sin, hermitian)
     starts = []
-    for G_j, W_j in zip(G.unbind(1), written.unbind(1), strict=True):  # a slice has a whole gradient
+    for G_j, W_j, turn in zip(G.unbind(1), written.unbind(1), turns, strict=False):  # a slice has a whole gradient
         starts.append(S)
-        S = torch.baddbmm(W_j.flatten(0, 1), G_j.flatten(0, 1), S.flatten(0, 1)).view_as(S)
+        if erase is None:
+            S = G_j * S
+            S = W_j + (S if turn is None else _turn(S, *turn, hermitian))
+        else:
+            S = torch.baddbmm(W_j.flatten(0, 1), G_j.flatten(0, 1), S.flatten(0, 1)).view_as(S)
     y = M @ U
     if state is not None or C > 1:
-        y = y + ((q * from_start).to(dtype) - M @ Z) @ torch.stack(starts, dim=1).to(dtype)
+        y = y + reads @ torch.stack(starts, dim=1).to(dtype)
     if hermitian:
         y, S = y.real, _real(S, -2)
     return y.transpose(2, 3).reshape(B, C * T, H, P)[:, :L].to(out_dtype), S
 
 
 def _scores(
-    erase: Tensor, q: Tensor, k: Tensor, cum: Tensor, same: Tensor | None, min_log_decay: float | None
-) -> tuple[Tensor, Tensor]:
-    """A_ts = e_t^T e^{cum_t − cum_s} k_s (its upper triangle is not read), M_ts = q_t^T e^{cum_t − cum_s} k_s, s ≤ t;
-    both 0 between documents."""
+    rows: list[Tensor], k: Tensor, cum: Tensor, same: Tensor | None, min_log_decay: float | None
+) -> list[Tensor]:
+    """r_t^T e^{cum_t − cum_s} k_s, s ≤ t, 0 between documents (B, C, H, T, T), of each r (B, C, H, T, K) in ``rows``"""
     T = k.shape[-2]
     visible = torch.ones(T, T, dtype=torch.bool, device=k.device).tril()
     if same is not None:
@@ -220,8 +244,8 @@ def _scores(
     if cum.shape[-1] == 1:  # one decay a head: it stands outside the product
         difference = cum - cum.mT
         decay = difference.masked_fill(~visible, float("-inf")).exp()
-        return (erase @ k.mT) * decay, (q @ k.mT) * decay
-    rows = torch.stack((erase, q))  # (2, B, C, H, T, K)
+        return [(r @ k.mT) * decay for r in rows]
+    stacked = torch.stack(rows)  # (·, B, C, H, T, K)
     blocks = []
     size = SUB_CHUNK
     if min_log_decay is not None:
@@ -230,7 +254,7 @@ def _scores(
         end = min(begin + size, T)
         base = cum[..., begin - 1 : begin, :] if begin else torch.zeros_like(cum[..., :1, :])
         own, past = cum[..., begin:end, :], cum[..., :begin, :]
-        x = rows[..., begin:end, :]
+        x = stacked[..., begin:end, :]
         if min_log_decay is not None:  # exponents within ±EXPONENT / 2
             centre = base + min_log_decay * (end - begin) / 2
             left = x * (own - centre).exp()
@@ -242,7 +266,7 @@ def _scores(
             block = torch.cat((outer, inner), dim=-1)
         blocks.append(F.pad(block, (0, T - end)))
     scores = torch.cat(blocks, dim=-2).masked_fill(~visible, 0)
-    return scores[0], scores[1]
+    return list(scores)
 
 
 class UnitLowerInverse(torch.autograd.Function):
