@@ -116,15 +116,15 @@ def test_selective_resonators(name: str, overrides: dict, monkeypatch: pytest.Mo
     x = torch.randn(1, SAMPLE_EVERY, 32, dtype=torch.float64)
     seen: list[dict[str, Any]] = []  # a call of an op; its heads follow those of the one before
     module = f"resonance_nn.mixers.{name}"
-    for op in ("semiseparable_chunked", *(("delta_rule_chunked",) if name == "holographic" else ())):
+    op, at = ("delta_rule_chunked", 4) if name == "holographic" else ("semiseparable_chunked", 3)
+    run = vars(__import__(module, fromlist=[op]))[op]
 
-        def spy(*args: Any, _run: Any = vars(__import__(module, fromlist=[op]))[op], **kwargs: Any):
-            at = 4 if _run.__name__ == "delta_rule_chunked" else 3
-            y, S = _run(*args, **kwargs)
-            seen.append({"c": args[2], "log_decay": args[at], "angle": args[at + 1], "S": S})
-            return y, S
+    def spy(*args: Any, **kwargs: Any):
+        y, S = run(*args, **kwargs)
+        seen.append({"c": args[2], "log_decay": args[at], "angle": args[at + 1], "S": S})
+        return y, S
 
-        monkeypatch.setattr(f"{module}.{op}", spy)
+    monkeypatch.setattr(f"{module}.{op}", spy)
     with torch.no_grad():
         mixer(x)
         calls = list(seen)

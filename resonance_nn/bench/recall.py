@@ -11,8 +11,6 @@ from resonance_nn.bench.common import result
 from resonance_nn.bench.sweep import MARKERS, Sweep, axes_for, best, mean, rows, save_figure
 from resonance_nn.bench.tasks import LENGTHS, PAIRS, Task, recall_cell, recall_task
 
-MODELS = ("llama", "mamba2", "gated_delta", "resonance", "spectral_gate", "holographic")
-
 
 @dataclass(frozen=True)
 class RecallOptions:
@@ -60,4 +58,4 @@ def plot(payload: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     save_figure(figure, path)
 
 
-__all__ = ["MODELS", "RecallOptions", "plot", "recall_cell", "run", "shown"]
+__all__ = ["RecallOptions", "plot", "recall_cell", "run", "shown"]

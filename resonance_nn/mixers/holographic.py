@@ -14,7 +14,6 @@ from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus
 from resonance_nn.ops.delta_rule import delta_rule_chunked, delta_rule_step
 from resonance_nn.ops.polygon import polygon_transition
 from resonance_nn.ops.precision import wide_dtype, wide_linear
-from resonance_nn.ops.semiseparable import semiseparable_chunked, semiseparable_step
 
 if TYPE_CHECKING:
     from resonance_nn.config import ResonanceConfig
@@ -152,16 +151,7 @@ class HolographicMixer(Mixer):
         """y (B, L, G, P) and the memory of the G gated heads."""
         log_decay, angle = self._transition(x)
         erase, v = self._gates(x, k, v)
-        if erase is not None or self.decay == "channel":
-            return self._delta_rule(v, k, q, erase, log_decay, angle, S, reset, length, self.hermitian)
-        if x.shape[1] == 1 and S is not None and reset is None and length is None:
-            turn = None if angle is None else angle[:, 0]
-            y, S = semiseparable_step(v[:, 0], k[:, 0], q[:, 0], log_decay[:, 0], turn, S)
-            return y[:, None], S
-        mask = real_tokens(x, length)
-        return semiseparable_chunked(
-            v, k, q, log_decay, angle, state=S, reset=reset, mask=mask, chunk_size=self.chunk_size
-        )
+        return self._delta_rule(v, k, q, erase, log_decay, angle, S, reset, length, self.hermitian)
 
     def _turn(
         self, x: Tensor, q: Tensor, k: Tensor, v: Tensor, S: Tensor | None, reset: Tensor | None, length: Tensor | None

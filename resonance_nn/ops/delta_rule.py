@@ -5,7 +5,7 @@
     y_t = q_t^T S_t                            read after the write
 
 With e_t = β_t k_t and v_t = β_t·value this is S_t = (I − β k k^T) Λ_t S_{t−1} + β k value^T, the gated delta rule;
-e_t = (gate ∘ k_t) and v_t = (gate' ∘ value) separate erasing from writing.
+e_t = (gate ∘ k_t) and v_t = (gate' ∘ value) separate erasing from writing; without e_t it is a gated sum.
 
 Letters: B batch, L length, H heads, P channels a head, K reals of a key, T chunk length. Every tensor at the border is
 real. With ``angle`` (B, L, H, N) a key is K = 2N reals ``[re | im]`` and Λ_t turns each pair by ω: orthogonal, so

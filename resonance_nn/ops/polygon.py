@@ -15,9 +15,9 @@ def polygon_transition(re: Tensor, im: Tensor, orders: Sequence[int], min_log: f
         λ = argmin_{w ∈ P_p} |w − z|,   P_p = convex hull of e^{2πij/p}, j = 0 … p − 1   (p = 2: the segment [−1, 1])
 
     Inside the polygon λ = z: a state forgets, and the loss can move λ anywhere. Beyond it, each root of unity is the
-    nearest point to a whole sector: there λ is exact whatever the rounding of z, so that products of such λ over any
-    number of tokens stay in the group Z_p. That is what counting modulo p, beyond the lengths trained on, needs; an
-    angle that is only close drifts.
+    nearest point to a whole sector: there λ is exact to rounding whatever the jitter of z, and products of such λ stay
+    in the group Z_p. That is what counting modulo p, beyond the lengths trained on, needs; an angle that is only close
+    drifts.
 
     Args:
         re, im: z (…, M), float32 or wider.
@@ -25,7 +25,8 @@ def polygon_transition(re: Tensor, im: Tensor, orders: Sequence[int], min_log: f
         min_log: |λ| is never below e^{min_log}, as logarithms must be finite.
 
     Returns:
-        log|λ| in [min_log, 0] and arg λ in radians, (…, M). Where |z| ≤ e^{min_log} neither has a gradient.
+        log|λ| in [min_log, 0] and arg λ in radians, (…, M). Where |λ| would be ≤ e^{min_log}
+        neither has a gradient.
     """
     halves = [math.pi / p for p in orders]  # half a side, seen from the centre
     half, cos, sin = (re.new_tensor([f(h) for h in halves]) for f in (float, math.cos, math.sin))
