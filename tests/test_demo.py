@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -18,7 +19,8 @@ ROOT = Path(__file__).parent.parent
 def test_demo(tmp_path: Path):
     command = [sys.executable, str(ROOT / "examples/demo.py"), "--output-dir", str(tmp_path / "demo")]
     command += ["--tokens", "81920"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # beside other tests two threads wait for each other
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     while not (tmp_path / "demo" / "data" / "run.json").exists():
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.2)
@@ -27,7 +29,7 @@ def test_demo(tmp_path: Path):
     output = process.communicate(timeout=300)[0]
     if process.returncode == 130:
         assert "`make demo` goes on from there" in output
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
     assert finished.returncode == 0, finished.stderr
     assert "resuming after step" in finished.stderr
     figures = json.loads((tmp_path / "demo" / "demo.json").read_text())
