@@ -48,8 +48,9 @@ class Block(nn.Module):
         y, state = self.mixer.mix(
             self.mixer_norm(x), length=length, reset=reset, state=state, return_state=return_state, losses=losses
         )
-        x = x + F.dropout(y, self.dropout, self.training)
-        return x + F.dropout(self.mlp(self.mlp_norm(x)), self.dropout, self.training), state, losses
+        x = x + F.dropout(y, self.dropout, self.training).to(x.dtype)
+        y = self.mlp(self.mlp_norm(x))
+        return x + F.dropout(y, self.dropout, self.training).to(x.dtype), state, losses
 
 
 class Backbone(nn.Module):

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resonance_nn.ops.precision import wide_dtype
+from resonance_nn.ops.elementwise import rms_norm, short_conv, swiglu
+from resonance_nn.ops.precision import autocast_dtype, wide_dtype
 
 
 class RMSNorm(nn.Module):
@@ -18,8 +19,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        wide = x.to(wide_dtype(x))
-        return F.rms_norm(wide, self.weight.shape, self.weight.to(wide.dtype), self.eps).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps, autocast_dtype(x))
 
 
 class GroupedRMSNorm(RMSNorm):
@@ -44,8 +44,7 @@ class SwiGLU(nn.Module):
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(F.silu(gate) * up)
+        return self.down_proj(swiglu(self.gate_up_proj(x)))
 
 
 class ShortConv(nn.Module):
@@ -73,32 +72,33 @@ class ShortConv(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """x (B, L, C), tail (B, W − 1, C) or None, reset (B, L) bool, length (B) real tokens of right-padded rows
         -> y (B, L, C) and the tail after each row's last real token."""
-        B, L, C = x.shape
-        W = self.weight.shape[0]
-        weight = self.weight.to(x.dtype)
-        tail = x.new_zeros(B, W - 1, C) if tail is None else tail.to(x.dtype)
-        window = torch.cat((tail, x), dim=1)  # window[:, W − 1 + t] is x_t
-        y = x * weight[0] if self.bias is None else torch.addcmul(self.bias.to(x.dtype), x, weight[0])
-        for j in range(1, W):
-            y = y + self._same_document(window[:, W - 1 - j : W - 1 - j + L], reset, j) * weight[j]
-        if length is None:
-            new_tail = window[:, L:].clone()  # a view would keep all of the window alive
-            document_begins = None if reset is None else F.pad(reset, (W - 1, 0))[:, L:]
+        if tail is None:
+            y, window = short_conv(x, self.weight, self.bias, reset), x
         else:
-            index = length[:, None] + torch.arange(W - 1, device=x.device)  # (B, W − 1), into window
-            new_tail = window.gather(1, index[..., None].expand(-1, -1, C))
-            document_begins = None if reset is None else F.pad(reset, (W - 1, 0)).gather(1, index)
-        if document_begins is not None:  # the tail keeps only the last document's inputs
-            later = document_begins.flip(1).cumsum(1).flip(1) - document_begins.long()
-            new_tail = new_tail * (later == 0)[..., None]
-        return y, new_tail
+            window = torch.cat((tail.to(x.dtype), x), dim=1)
+            if x.shape[1] == 1 and reset is None:  # decoding
+                y = (window * self.weight.to(x.dtype).flip(0)).sum(1, keepdim=True)
+                y = y if self.bias is None else y + self.bias.to(x.dtype)
+            else:
+                begins = None if reset is None else F.pad(reset, (tail.shape[1], 0))
+                y = short_conv(window, self.weight, self.bias, begins)[:, tail.shape[1] :]
+        return y, self._tail(window, x.shape[1], reset, length)
 
-    @staticmethod
-    def _same_document(x: Tensor, reset: Tensor | None, lag: int) -> Tensor:
-        """Zero x_{t−lag} where a document begins in (t − lag, t]."""
-        if reset is None:
-            return x
-        begun = torch.zeros_like(reset)
-        for j in range(lag):
-            begun = begun | F.pad(reset, (j, 0))[:, : reset.shape[1]]
-        return x.masked_fill(begun[..., None], 0)
+    def _tail(self, window: Tensor, L: int, reset: Tensor | None, length: Tensor | None) -> Tensor:
+        """The last W − 1 real inputs of ``window``, which ends with the L of this call; only the last document's."""
+        n = self.weight.shape[0] - 1
+        missing = max(0, n + (L if length is not None else 0) - window.shape[1])
+        window = F.pad(window, (0, 0, missing, 0)) if missing else window
+        begins = None if reset is None else F.pad(reset, (window.shape[1] - L, 0))
+        if length is None:
+            start = window.shape[1] - n
+            tail = window[:, start:].clone()  # a view would keep all of the window alive
+            begins = None if begins is None else begins[:, start:]
+        else:
+            index = length[:, None] + torch.arange(n, device=window.device) + window.shape[1] - L - n  # (B, W − 1)
+            tail = window.gather(1, index[..., None].expand(-1, -1, window.shape[2]))
+            begins = None if begins is None else begins.gather(1, index)
+        if begins is None:
+            return tail
+        later = begins.flip(1).cumsum(1).flip(1) - begins.long()
+        return tail * (later == 0)[..., None]

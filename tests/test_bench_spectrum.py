@@ -121,7 +121,9 @@ def test_selective_resonators(name: str, overrides: dict, monkeypatch: pytest.Mo
 
     def spy(*args: Any, **kwargs: Any):
         y, S = run(*args, **kwargs)
-        seen.append({"c": args[2], "log_decay": args[at], "angle": args[at + 1], "S": S})
+        angle, frequency = args[at + 1], kwargs.get("frequency")
+        angle = angle if frequency is None else angle[..., None] * frequency
+        seen.append({"c": args[2], "log_decay": args[at], "angle": angle, "S": S})
         return y, S
 
     monkeypatch.setattr(f"{module}.{op}", spy)

@@ -190,3 +190,23 @@ def test_extreme_decays_are_finite(scale: float):
 def test_chunk_size_is_checked():
     with pytest.raises(ValueError, match="chunk_size = 0"):
         semiseparable_chunked(**inputs(3, torch.float32), chunk_size=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("read_first", [True, False])
+def test_frequencies_scaled_reads_and_skip(read_first: bool, dtype: torch.dtype):
+    """What the chunked form takes besides, as the recurrence defines it; a skip a head and one a token."""
+    L = 150
+    x = inputs(L, dtype) | dict(
+        angle=torch.rand(B, L, H, dtype=dtype),
+        frequency=torch.randn(H, N, dtype=dtype),
+        log_write=torch.randn(B, L, H, dtype=dtype),
+        log_read=torch.randn(B, L, H, dtype=dtype),
+    )
+    options = dict(read_first=read_first, mask=torch.rand(B, L) < 0.9)
+    for skip in (torch.randn(H, dtype=dtype), torch.randn(B, L, H, dtype=dtype)):
+        x["skip"] = skip
+        fast = with_gradients(semiseparable_chunked, x, **options)
+        exact = with_gradients(semiseparable_reference, x, **options)
+        for a, b in zip(fast, exact, strict=True):
+            assert relative(a, b) < TOLERANCE[dtype]

@@ -49,6 +49,16 @@ ABLATIONS: dict[str, Ablation] = {
             "trapezoidal": {"trapezoidal": True},
         },
     ),
+    "sharing": Ablation(
+        {"mixers": ("spectral_gate",)},
+        {
+            "two groups": {"num_groups": 2},
+            "one group": {"num_groups": 1},
+            "real, two groups": {"num_groups": 2, "rotation": "none"},
+            "real, one group": {"num_groups": 1, "rotation": "none"},
+            "real, one group, 64 modes": {"num_groups": 1, "rotation": "none", "num_modes": 64},
+        },
+    ),
     "prime_bump": Ablation(RESOLVENT, {"prime_bump": {"prime_bump": True}}, seeds=5),
     "holographic": Ablation(
         HOLOGRAPHIC,

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from resonance_nn.mixers.base import Mixer, State
+from resonance_nn.ops.elementwise import silu_gate
 from resonance_nn.ops.spectrum import max_bands, spectral_filter, spectral_filter_2d
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ class GlobalFilterMixer(Mixer):
             real = torch.full((B,), L, device=x.device) if length is None else length
             v, real, place = _separate_documents(v, reset, real)
             y = self._filter(v, real, grid)[place].view(B, L, D)
-        return self.out_proj(y * F.silu(z)), None
+        return self.out_proj(silu_gate(y, z)), None
 
     def _filter(self, v: Tensor, length: Tensor | None, grid: tuple[int, int] | None) -> Tensor:
         """(B, L, D) -> (B, L, D)."""

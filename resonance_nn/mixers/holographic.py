@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from resonance_nn.layers import RMSNorm, ShortConv
 from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens
 from resonance_nn.ops.delta_rule import delta_rule_chunked, delta_rule_step
+from resonance_nn.ops.elementwise import silu_gate
 from resonance_nn.ops.polygon import polygon_transition
 from resonance_nn.ops.precision import wide_dtype, wide_linear
 
@@ -142,7 +143,7 @@ class HolographicMixer(Mixer):
             y1, S1 = self._recall(x, q1, k1, v1, S1, reset, length)
             y, S = torch.cat((y0, y1), dim=2), torch.cat((S0, S1), dim=1)
         y = self.norm(y.to(x.dtype)).reshape(B, L, D)
-        y = self.out_proj(y * F.silu(z))
+        y = self.out_proj(silu_gate(y, z))
         return y, {"conv": tail, "memory": S} if return_state else None
 
     def _recall(

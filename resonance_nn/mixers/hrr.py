@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from resonance_nn.layers import RMSNorm, ShortConv
 from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens
+from resonance_nn.ops.elementwise import silu_gate
 from resonance_nn.ops.holographic import hrr_chunked, hrr_step, unit_spectrum
 from resonance_nn.ops.precision import wide_dtype, wide_linear
 
@@ -103,5 +104,5 @@ class HRRMixer(Mixer):
                 chunk_size=chunk_size,
             )
         y = self.norm(y).reshape(B, L, D)
-        y = self.out_proj(y * F.silu(z))
+        y = self.out_proj(silu_gate(y, z))
         return y, {"conv": tail, "memory": S} if return_state else None

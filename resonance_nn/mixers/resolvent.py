@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from resonance_nn.layers import RMSNorm, ShortConv
 from resonance_nn.mixers.base import Mixer, State, document_begin, inverse_softplus
+from resonance_nn.ops.elementwise import silu_gate
 from resonance_nn.ops.precision import phase_dtype, wide_dtype, wide_linear
 from resonance_nn.ops.prime_bump import prime_bump
 from resonance_nn.ops.resolvent import (
@@ -94,7 +95,7 @@ class _HamiltonianMixer(Mixer):
     def _output(self, y: Tensor, v: Tensor, gate: Tensor) -> Tensor:
         """y (B, L, H, 2P), v (B, L, H, P), gate (B, L, 2D) -> (B, L, D)."""
         y = y + F.pad(self.skip.to(v.dtype)[:, None] * v, (0, v.shape[-1]))
-        return self.out_proj(self.norm(y).flatten(-2) * F.silu(gate))
+        return self.out_proj(silu_gate(self.norm(y).flatten(-2), gate))
 
 
 class ResolventMixer(_HamiltonianMixer):

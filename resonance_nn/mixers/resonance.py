@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from resonance_nn.layers import ShortConv
 from resonance_nn.mixers.base import Mixer, State, inverse_softplus
+from resonance_nn.ops.elementwise import silu_gate
 from resonance_nn.ops.resonator import Resonators, resonator_chunked, resonator_fft, resonator_step
 
 if TYPE_CHECKING:
@@ -87,7 +88,7 @@ class ResonanceMixer(Mixer):
             y, S = resonator_chunked(u, modes, state=S, reset=reset, length=length, chunk_size=chunk_size)
         else:
             y, S = resonator_fft(u, modes, state=S, length=length, return_state=return_state)
-        y = self.out_proj(y.reshape(B, L, D) * F.silu(gate))
+        y = self.out_proj(silu_gate(y.reshape(B, L, D), gate))
         if not return_state:
             return y, None
         assert S is not None

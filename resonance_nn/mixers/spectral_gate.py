@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from resonance_nn.layers import GroupedRMSNorm, RMSNorm, ShortConv
 from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens
+from resonance_nn.ops.elementwise import silu_gate, unit
 from resonance_nn.ops.precision import wide_dtype, wide_linear, without_autocast
 from resonance_nn.ops.semiseparable import semiseparable_chunked, semiseparable_step
 
@@ -134,8 +135,7 @@ class SpectralGateMixer(Mixer):
         v, b, c = F.silu(vbc).split((H * P, G * K, G * K), dim=-1)
         v, b, c = v.view(B, L, H, P), b.view(B, L, G, K), c.view(B, L, G, K)
         if self.normalize_gates:
-            wide = wide_dtype(x)
-            b, c = (F.normalize(t.to(wide), dim=-1, eps=1e-6) for t in (b, c))
+            b, c = unit(b), unit(c)
         c = self._read(c)
         delta, log_decay, angle = self._transition(x)
         mask = real_tokens(x, length)
@@ -144,31 +144,31 @@ class SpectralGateMixer(Mixer):
             S, write, own = self._trapezoid(x, delta, mask, S, last)
         if losses is not None and self.entropy_weight > 0:
             losses.append(self.entropy_weight * entropy_gap(v, b, write, self.modes, mask))
-        u, w = v, b
-        if G == H:
-            w = b * write[..., None]
-        else:
-            u = (v * write[..., None]).to(v.dtype)
+        frequency = None if self.rotation != "step" else self.frequency
         if L == 1 and S is not None and reset is None and length is None:
-            turn = None if angle is None else angle[:, 0]
-            y, S = semiseparable_step(u[:, 0], w[:, 0], c[:, 0], log_decay[:, 0], turn, S)
-            y = y[:, None]
+            if angle is not None:
+                angle = angle[:, 0] if frequency is None else angle[:, 0, :, None] * frequency.to(angle.dtype)
+            u = (v * write[..., None])[:, 0]
+            y, S = semiseparable_step(u, b[:, 0], c[:, 0], log_decay[:, 0], angle, S)
+            y = y.to(v.dtype)[:, None] + direct.to(v.dtype)[..., None] * v
         else:
+            if own is not None:
+                direct = direct + own * self._overlap(b, c)
             y, S = semiseparable_chunked(
-                *(u, w, c, log_decay, angle),
+                *(v, b, c, log_decay, angle),
+                frequency=frequency,
+                log_write=write.clamp(min=torch.finfo(write.dtype).tiny).log(),
+                skip=direct,
                 state=S,
                 reset=reset,
                 mask=mask,
                 read_first=own is not None,
                 chunk_size=self.chunk_size,
             )
-            if own is not None:
-                direct = direct + own * self._overlap(b, c)
-        y = y + direct.to(y.dtype)[..., None] * v  # (B, L, H, P)
         if self.gate_first:
-            y = self.norm(y.flatten(2) * F.silu(z))
+            y = self.norm(silu_gate(y.flatten(2), z))
         else:
-            y = self.norm(y).flatten(2) * F.silu(z)
+            y = silu_gate(self.norm(y).flatten(2), z)
         y = self.out_proj(y)
         if not return_state:
             return y, None
@@ -178,7 +178,8 @@ class SpectralGateMixer(Mixer):
         return y, state
 
     def _transition(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """δ_t and log|Λ_t| (B, L, H), and the angles of Λ_t (B, L, H, N), None for real modes."""
+        """δ_t and log|Λ_t| (B, L, H), and the angles of Λ_t: (B, L, H, N); with rotation "step" δ_t, to be multiplied
+        by the frequencies; None for real modes."""
         wide = wide_dtype(x)
         delta = F.softplus(wide_linear(x, self.step_proj.weight) + self.step_bias.to(wide))  # (B, L, H)
         if self.time_step_limit is not None:
@@ -186,11 +187,11 @@ class SpectralGateMixer(Mixer):
         log_decay = -delta * F.softplus(self.damping.to(wide))
         if self.rotation == "none":
             return delta, log_decay, None
+        if self.rotation == "step":
+            return delta, log_decay, delta
         angle = delta[..., None] * self.frequency.to(wide)
-        if self.rotation == "token":
-            own = wide_linear(x, self.angle_proj.weight).view(angle.shape)
-            angle = angle + math.pi * torch.tanh(own)
-        return delta, log_decay, angle
+        own = wide_linear(x, self.angle_proj.weight).view(angle.shape)
+        return delta, log_decay, angle + math.pi * torch.tanh(own)
 
     def _read(self, c: Tensor) -> Tensor:
         """c (B, L, G, 2N) as the memory is read with it: mixed, (B, L, H, 2N), and of the largest modes only."""

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from resonance_nn.ops.precision import wide_dtype
+from resonance_nn.ops.precision import autocast_dtype, wide_dtype
 
 CHUNK_ELEMENTS = 1 << 22  # logits alive at once, 16 MB in float32; more where 64 tokens already have more
 
@@ -92,8 +92,7 @@ def linear_cross_entropy(
         raise ValueError(f"label_smoothing = {label_smoothing}: must be in [0, 1)")
     if z_loss_weight < 0.0:
         raise ValueError(f"z_loss_weight = {z_loss_weight}: must be ≥ 0")
-    device = hidden.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+    dtype = autocast_dtype(hidden)
     chunk = chunk_size or max(64, CHUNK_ELEMENTS // weight.shape[0])
     result = _LinearCrossEntropy.apply(
         hidden, weight, targets, ignore_index, label_smoothing, z_loss_weight, chunk, dtype, torch.is_grad_enabled()
@@ -128,31 +127,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
             for begin in range(0, hidden.shape[0], chunk):
                 x = hidden[begin : begin + chunk].to(dtype)  # (m, D)
                 y = targets[begin : begin + chunk]
-                keep = (y != ignore_index).to(wide)
-                index = y.masked_fill(y == ignore_index, 0)[:, None]
-                logits = (x @ w.T).to(wide)  # (m, V)
-                lse = logits.logsumexp(-1)
+                keep = y != ignore_index
+                index = y.masked_fill(~keep, 0)[:, None]
+                logits = x @ w.T  # (m, V)
+                p = logits.softmax(-1, dtype=wide)
+                lse = logits.amax(-1).to(wide) - p.amax(-1).log()
                 nll = lse - logits.gather(1, index).squeeze(1)
                 total = nll
                 if smoothing:
-                    total = (1 - smoothing) * nll + smoothing * (lse - logits.mean(-1))
+                    total = (1 - smoothing) * nll + smoothing * (lse - logits.mean(-1, dtype=wide))
                 if z_weight:
                     total = total + z_weight * lse.square()
-                plain += (nll * keep).sum()
-                objective += (total * keep).sum()
+                plain += torch.where(keep, nll, 0).sum()
+                objective += torch.where(keep, total, 0).sum()
                 if not (needs_hidden or needs_weight):
                     continue
-                gradient = logits.sub_(lse[:, None]).exp_()  # p, in place
                 if z_weight:
-                    gradient *= (1 + 2 * z_weight * lse)[:, None]
-                gradient.scatter_add_(1, index, torch.full_like(nll, smoothing - 1)[:, None])
+                    p *= (1 + 2 * z_weight * lse)[:, None]
+                p.scatter_add_(1, index, torch.full_like(nll, smoothing - 1)[:, None])
                 if smoothing:
-                    gradient -= smoothing / V
-                gradient = gradient.mul_(keep[:, None]).to(dtype)
+                    p -= smoothing / V
+                gradient, keep = p.to(dtype), keep[:, None]  # of the logits
                 if grad_hidden is not None:
-                    grad_hidden[begin : begin + chunk] = gradient @ w
+                    grad_hidden[begin : begin + chunk] = (gradient @ w) * keep
                 if grad_weight is not None:
-                    grad_weight += gradient.T @ x
+                    grad_weight += (gradient.T @ (x * keep)).to(wide)
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         ctx.mark_non_differentiable(plain)
         return objective, plain

@@ -19,6 +19,14 @@ def wide_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """What matmuls of x run in: autocast's dtype where it is on (float64 stays as it is), else x's."""
+    device = x.device.type
+    if device == "meta" or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)
+
+
 def phase_dtype(x: Tensor) -> torch.dtype:
     """Where angles add up before they are reduced modulo 2π: float64, except on Apple's MPS, which has none."""
     return wide_dtype(x) if x.device.type == "mps" else torch.float64

@@ -287,10 +287,11 @@ def _prefix(
 
 def _written(v: Tensor, phase: Tensor) -> Tensor:
     """e^{i·phase} v for real v (..., P): (..., 2P)."""
-    cos_sin = torch.stack((phase.cos(), phase.sin()), dim=-1).to(v.dtype)
-    return (v[..., None, :] * cos_sin[..., None]).flatten(-2)
+    cos_sin = torch.stack((phase.cos(), phase.sin()), dim=-1).to(wide_dtype(v))
+    return (v[..., None, :] * cos_sin[..., None]).flatten(-2).to(v.dtype)
 
 
 def _turn(x: Tensor, phase: Tensor) -> Tensor:
     """Multiply the complex x (..., 2P) by e^{i·phase}, phase (...)."""
-    return rotate(x, phase.cos().to(x.dtype)[..., None], phase.sin().to(x.dtype)[..., None])
+    wide = wide_dtype(x)
+    return rotate(x.to(wide), phase.cos().to(wide)[..., None], phase.sin().to(wide)[..., None]).to(x.dtype)

@@ -21,12 +21,11 @@ Sources: Mamba-2 / state-space duality (Dao & Gu 2024), RetNet (Sun et al. 2023)
 
 from __future__ import annotations
 
-import itertools
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resonance_nn.ops.chunked import Chunked
 from resonance_nn.ops.precision import phase_dtype, reduce_angle, wide_dtype, without_autocast
 
 
@@ -44,7 +43,10 @@ def semiseparable_reference(
     log_decay: Tensor,
     angle: Tensor | None = None,
     *,
+    frequency: Tensor | None = None,
     log_write: Tensor | None = None,
+    log_read: Tensor | None = None,
+    skip: Tensor | None = None,
     state: Tensor | None = None,
     reset: Tensor | None = None,
     mask: Tensor | None = None,
@@ -57,6 +59,10 @@ def semiseparable_reference(
     b, c = _to_heads(b, H), _to_heads(c, H)
     if log_write is not None:
         b = b * log_write.to(wide).exp()[..., None]
+    if log_read is not None:
+        c = c * log_read.to(wide).exp()[..., None]
+    if angle is not None and frequency is not None:
+        angle = angle.to(wide)[..., None] * frequency.to(wide)
 
     def to_complex(x: Tensor) -> Tensor:
         return torch.complex(*x.chunk(2, dim=-1)) if angle is not None else torch.complex(x, torch.zeros_like(x))
@@ -76,7 +82,8 @@ def semiseparable_reference(
         S = before + b[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((c[:, t].conj()[..., None] * (before if read_first else S)).sum(-2).real)
     final = torch.cat((S.real, S.imag), dim=-2) if angle is not None else S.real
-    return torch.stack(outputs, dim=1).to(v.dtype), final
+    y = torch.stack(outputs, dim=1)
+    return (y if skip is None else y + skip[..., None] * v).to(v.dtype), final
 
 
 @without_autocast
@@ -87,7 +94,10 @@ def semiseparable_chunked(
     log_decay: Tensor,
     angle: Tensor | None = None,
     *,
+    frequency: Tensor | None = None,
     log_write: Tensor | None = None,
+    log_read: Tensor | None = None,
+    skip: Tensor | None = None,
     state: Tensor | None = None,
     reset: Tensor | None = None,
     mask: Tensor | None = None,
@@ -110,8 +120,12 @@ def semiseparable_chunked(
             share the vectors of group g, and with real modes their T×T scores too.
         log_decay: −δ (B, L, H), nats a step; differences are formed before ``exp``.
         angle: ω (B, L, H, N), radians a step, or None for real modes.
+        frequency: (H, N): with it ``angle`` is (B, L, H), and a mode turns by their product. Cheaper, as sums are of
+            one number a head.
         log_write: (B, L, H) or None: b_s is multiplied by its exponential, which is taken only after it joins the
             decays: log-decays may be positive if only the sums of decays and log_write are bounded.
+        log_read: (B, L, H) or None: the same for c_t. Scales of b and c cost nothing here.
+        skip: d (H) or (B, L, H) or None: d ∘ v_t is added to y_t.
         state: S before the first token (B, H, K, P); None is zeros.
         reset: (B, L) bool, True where a document begins: the state is cleared before that token.
         mask: (B, L) bool, False at padding: such a step leaves the state as it was.
@@ -121,74 +135,41 @@ def semiseparable_chunked(
     Returns:
         y (B, L, H, P) in v's dtype, and S after the last token (B, H, K, P) in float32 or wider.
     """
-    B, L, H, P = v.shape
-    K, G = b.shape[-1], max(b.shape[2], c.shape[2]) if angle is None else H
+    B, L, H, _ = v.shape
     if chunk_size < 1:
         raise ValueError(f"chunk_size = {chunk_size}: must be a positive integer, 64 to 128 is fastest")
     T = min(chunk_size, L)
-    wide, dtype = wide_dtype(v), v.dtype
+    wide = wide_dtype(v)
     b, c, log_decay, angle = _mask_inputs(b, c, log_decay, angle, mask)
-    if angle is None:
-        b, c = _to_heads(b, G), _to_heads(c, G)
+    if b.shape[2] != c.shape[2]:
+        b, c = _to_heads(b, H), _to_heads(c, H)
     padding = -L % T
     if padding:  # a step with b = 0, no decay and no rotation changes nothing
         v, b, c, log_decay = (_pad_length(x, padding) for x in (v, b, c, log_decay))
         angle = None if angle is None else _pad_length(angle, padding)
         log_write = None if log_write is None else _pad_length(log_write, padding)
+        log_read = None if log_read is None else _pad_length(log_read, padding)
+        skip = skip if skip is None or skip.dim() == 1 else _pad_length(skip, padding)
         reset = None if reset is None else F.pad(reset, (0, padding))
     C = (L + padding) // T
 
-    def chunks(x: Tensor) -> Tensor:  # (B, L, H | G, ·) -> (B, C, H | G, T, ·)
-        return x.view(B, C, T, *x.shape[2:3], -1).transpose(2, 3)
+    def chunks(x: Tensor) -> Tensor:  # (B, L, H) -> (B, C, H, T)
+        return x.unflatten(1, (C, T)).transpose(2, 3)
 
-    cum = chunks(log_decay).squeeze(-1).cumsum(-1, dtype=wide)  # (B, C, H, T)
-    total = cum[..., -1:]  # (B, C, H, 1)
-    source = cum if log_write is None else cum - chunks(log_write).squeeze(-1).to(wide)  # what is left of s: − source_s
-    v = chunks(v)
-    b, c = chunks(b), chunks(c)
-    cos = sin = None
-    if angle is not None:
-        theta = reduce_angle(chunks(angle).cumsum(-2, dtype=phase_dtype(angle)), wide)  # (B, C, H, T, N)
-        cos, sin = theta.cos(), theta.sin()
-        b, c = _rotate_groups(b, cos, -sin), _rotate_groups(c, cos, -sin)  # (B, C, H, T, K)
-        cos, sin = cos[..., -1, :, None, None], sin[..., -1, :, None, None]  # e^{iθ_T}, (B, C, H, N, 1, 1)
-
-    causal = torch.ones(T, T, dtype=torch.bool, device=v.device).tril(-1 if read_first else 0)  # (T, T)
-    to_end, from_start, carry = (total - source).exp(), cum.exp(), total.exp()  # (B, C, H, T) twice, (B, C, H, 1)
-    if reset is not None:
-        document = reset.view(B, C, 1, T).cumsum(-1)  # how many documents have begun in this chunk up to t
-        causal = causal & (document[..., :, None] == document[..., None, :])  # (B, C, 1, T, T)
-        to_end = to_end * (document == document[..., -1:])
-        from_start = from_start * (document == 0)
-        carry = carry * (document[..., -1:] == 0)
-    decay = (cum[..., :, None] - source[..., None, :]).masked_fill_(~causal, float("-inf")).exp_()  # (B, C, H, T, T)
-
-    def groups(x: Tensor) -> Tensor:  # (B, C, H, T, ·) -> (B, C, G, R, T, ·)
-        return x.unflatten(2, (G, -1))
-
-    b, c = b.to(dtype), c.to(dtype)  # (B, C, G, T, K)
-    scores = (c @ b.transpose(-1, -2)).unsqueeze(3)  # (B, C, G, 1, T, T)
-    y = (scores * groups(decay.to(dtype))).flatten(2, 3) @ v  # (B, C, H, T, P)
-    values = groups(v * to_end[..., None].to(dtype)).transpose(3, 4).flatten(4)  # (B, C, G, T, R·P)
-    writes = (b.transpose(-1, -2) @ values).to(wide).unflatten(-1, (-1, P))  # (B, C, G, K, R, P)
-
-    carry = carry.view(B, C, G, 1, -1, 1)
-    S = v.new_zeros(B, G, K, H // G, P, dtype=wide)
-    if state is not None:
-        S = state.to(wide).unflatten(1, (G, -1)).transpose(2, 3)
-    starts = []
-    # unbind, not a slice a chunk: the gradient of each slice would be a whole tensor of zeros
-    turns = itertools.repeat(None) if cos is None or sin is None else zip(cos.unbind(1), sin.unbind(1), strict=True)
-    for carry_j, writes_j, turn in zip(carry.unbind(1), writes.unbind(1), turns, strict=False):
-        starts.append(S)
-        S = carry_j * S + writes_j
-        if turn is not None:
-            S = rotate(S, *turn, dim=2)
-    if state is not None or C > 1:
-        reads = c @ torch.stack(starts, dim=1).to(dtype).flatten(4)  # (B, C, G, T, R·P)
-        reads = reads.unflatten(-1, (-1, P)).transpose(3, 4).flatten(2, 3)  # (B, C, H, T, P)
-        y = y + reads * from_start[..., None].to(dtype)
-    return _unchunk(y, L), S.transpose(2, 3).reshape(B, H, K, P)
+    cum = chunks(log_decay).cumsum(-1, dtype=wide)
+    source = cum if log_write is None else cum - chunks(log_write).to(wide)  # what is left of s: − source_s
+    target = cum if log_read is None else cum + chunks(log_read).to(wide)
+    theta = None if angle is None else _phase(angle.unflatten(1, (C, T)), frequency, wide)  # (B, L, H, N)
+    if skip is not None:
+        skip = skip[:, None].to(wide) if skip.dim() == 1 else chunks(skip).to(wide)
+        skip = skip.expand(cum.shape)
+    document = None if reset is None else reset.view(B, C, 1, T).cumsum(-1)  # how many have begun in the chunk up to t
+    result = Chunked.apply(v, b, c, cum, source, target, skip, theta, state, document, read_first)
+    assert isinstance(result, tuple)
+    y, S = result
+    if theta is not None:
+        S = rotate(S, theta[:, -1, :, :, None].cos(), theta[:, -1, :, :, None].sin(), dim=2)
+    return y[:, :L], S
 
 
 @without_autocast
@@ -213,12 +194,6 @@ def _to_heads(x: Tensor, H: int, dim: int = 2) -> Tensor:
     return x if x.shape[dim] == H else x.repeat_interleave(H // x.shape[dim], dim=dim)
 
 
-def _rotate_groups(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """x (B, C, G, T, K), each group turned as its heads are, cos and sin (B, C, H, T, N): (B, C, H, T, K)."""
-    G = x.shape[2]
-    return rotate(x.unsqueeze(3), cos.unflatten(2, (G, -1)), sin.unflatten(2, (G, -1))).flatten(2, 3)
-
-
 def _mask_inputs(
     b: Tensor, c: Tensor, log_decay: Tensor, angle: Tensor | None, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
@@ -227,7 +202,8 @@ def _mask_inputs(
         return b, c, log_decay, angle
     b = b.masked_fill(~mask[..., None, None], 0)
     log_decay = log_decay.masked_fill(~mask[..., None], 0)
-    angle = None if angle is None else angle.masked_fill(~mask[..., None, None], 0)
+    if angle is not None:
+        angle = angle.masked_fill(~mask.view(*mask.shape, *[1] * (angle.dim() - 2)), 0)
     return b, c, log_decay, angle
 
 
@@ -235,6 +211,15 @@ def _pad_length(x: Tensor, padding: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
 
 
-def _unchunk(y: Tensor, L: int) -> Tensor:  # (B, C, H, T, P) -> (B, L, H, P)
-    B, C, H, T, P = y.shape
-    return y.transpose(2, 3).reshape(B, C * T, H, P)[:, :L]
+def _phase(angle: Tensor, frequency: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The angles (B, C, T, H, N), or (B, C, T, H) times ``frequency`` (H, N), summed from the first chunk on, modulo
+    2π: (B, L, H, N) in ``dtype``. The sums over chunks are reduced at each, so that nothing grows."""
+    theta = angle.cumsum(2, dtype=phase_dtype(angle))
+    turns = theta[:, :, -1:]  # (B, C, 1, H, …)
+    if frequency is not None:
+        turns = turns[..., None] * frequency.to(turns.dtype)
+    turns = reduce_angle(turns, turns.dtype)
+    start = reduce_angle(turns.cumsum(1) - turns, turns.dtype)
+    if frequency is None:
+        return reduce_angle(theta + start, dtype).flatten(1, 2)
+    return (start.to(dtype) + theta.to(dtype)[..., None] * frequency.to(dtype)).flatten(1, 2)

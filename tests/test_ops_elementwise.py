@@ -1,0 +1,101 @@
+"""What stands between the matmuls: each fast form against its formula, values and gradients."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import relative
+from torch import Tensor
+from torch.nn import functional as F
+
+from resonance_nn.ops import rms_norm, rms_norm_reference, short_conv, short_conv_reference, silu_gate, swiglu, unit
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+
+
+def with_gradients(op, *tensors: Tensor | None, **options) -> list[Tensor]:
+    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    y = op(*leaves, **options)
+    weight = torch.randn(y.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(y.dtype)
+    return [y, *torch.autograd.grad((y * weight).sum(), [t for t in leaves if t is not None])]
+
+
+def check(fast: list[Tensor], exact: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(fast, exact, strict=True):
+        assert a.dtype == b.dtype
+        assert relative(a, b) < tolerance
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", [(7,), (3, 1, 8), (2, 5, 3, 64)])
+@pytest.mark.parametrize("shift", [0.0, 30.0])
+def test_rms_norm(shape: tuple[int, ...], shift: float, dtype: torch.dtype):
+    """A mean far from 0 too: the derivative is a layer norm's less the part of the mean."""
+    x, weight = torch.randn(shape, dtype=dtype) + shift, torch.randn(shape[-1], dtype=dtype)
+    tolerance = TOLERANCE[dtype] * (1 if shift == 0 else 10)  # dx is a difference of numbers 30 times its size
+    check(
+        with_gradients(rms_norm, x, weight, eps=1e-6),
+        with_gradients(rms_norm_reference, x, weight, eps=1e-6),
+        tolerance,
+    )
+
+
+def test_rms_norm_of_slices_zeros_and_into_another_dtype():
+    x = torch.randn(4, 6, 10)[..., 2:7].transpose(0, 1)
+    weight = torch.randn(5)
+    check(
+        with_gradients(rms_norm, x, weight, eps=1e-6, dtype=torch.bfloat16),
+        with_gradients(rms_norm_reference, x, weight, eps=1e-6, dtype=torch.bfloat16),
+        1e-2,
+    )
+    zeros = with_gradients(rms_norm, torch.zeros(2, 5), weight, eps=1e-6)
+    check(zeros, with_gradients(rms_norm_reference, torch.zeros(2, 5), weight, eps=1e-6), 1e-5)
+    half = torch.randn(3, 64).bfloat16()
+    check(
+        with_gradients(rms_norm, half, torch.ones(64), eps=1e-6),
+        with_gradients(rms_norm_reference, half, torch.ones(64), eps=1e-6),
+        1e-2,
+    )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_unit(dtype: torch.dtype):
+    x = torch.randn(3, 4, 6, dtype=dtype)
+    check(with_gradients(unit, x), with_gradients(lambda x: F.normalize(x, dim=-1), x), TOLERANCE[dtype])
+    assert unit(torch.zeros(2, 6)).abs().max() == 0
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_gates(dtype: torch.dtype):
+    x, gate = torch.randn(2, 3, 5, dtype=dtype), torch.randn(2, 3, 9, dtype=dtype)[..., 4:]
+    check(with_gradients(silu_gate, x, gate), with_gradients(lambda x, g: x * F.silu(g), x, gate), TOLERANCE[dtype])
+    both = torch.randn(2, 3, 10, dtype=dtype)
+    expected = with_gradients(lambda x: F.silu(x[..., :5]) * x[..., 5:], both)
+    check(with_gradients(swiglu, both), expected, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("L", [1, 2, 3, 4, 50])
+@pytest.mark.parametrize("documents", [False, True])
+def test_short_conv(documents: bool, L: int, bias: bool, dtype: torch.dtype):
+    x, weight = torch.randn(2, L, 6, dtype=dtype), torch.randn(4, 6, dtype=dtype)
+    reset = torch.rand(2, L) < 0.3 if documents else None
+    tensors = (x, weight, torch.randn(6, dtype=dtype) if bias else None)
+    check(
+        with_gradients(short_conv, *tensors, reset=reset),
+        with_gradients(short_conv_reference, *tensors, reset=reset),
+        TOLERANCE[dtype],
+    )
+
+
+def test_derivatives_by_differences():
+    x, w = torch.randn(2, 5, 3, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
+    reset = torch.tensor([[0, 0, 1, 0, 0], [0, 1, 0, 0, 1]]).bool()
+
+    def op(x: Tensor, w: Tensor, conv: Tensor) -> Tensor:
+        x = short_conv(rms_norm(x, w, 1e-3), conv, w, reset)
+        return silu_gate(unit(x, 0.1), swiglu(torch.cat((x, x.sin()), dim=-1)))
+
+    leaves = [t.requires_grad_() for t in (x, w, torch.randn(4, 3, dtype=torch.float64))]
+    assert torch.autograd.gradcheck(op, leaves)
