@@ -8,7 +8,16 @@ from conftest import relative
 from torch import Tensor
 from torch.nn import functional as F
 
-from resonance_nn.ops import rms_norm, rms_norm_reference, short_conv, short_conv_reference, silu_gate, swiglu, unit
+from resonance_nn.ops import (
+    rms_norm,
+    rms_norm_reference,
+    semiseparable_chunked,
+    short_conv,
+    short_conv_reference,
+    silu_gate,
+    swiglu,
+    unit,
+)
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -99,3 +108,19 @@ def test_derivatives_by_differences():
 
     leaves = [t.requires_grad_() for t in (x, w, torch.randn(4, 3, dtype=torch.float64))]
     assert torch.autograd.gradcheck(op, leaves)
+
+
+def test_backward_inside_autocast_is_as_outside():
+    """Values and derivatives in the dtype of the inputs, whatever autocast says of matmuls and convolutions."""
+    x, w, conv = torch.randn(2, 70, 8), torch.randn(8), torch.randn(4, 8)
+    decay = -torch.rand(2, 70, 2)
+
+    def op(x: Tensor, w: Tensor, conv: Tensor) -> Tensor:
+        v = short_conv(rms_norm(x, w, 1e-6), conv).unflatten(-1, (2, 4))
+        return semiseparable_chunked(v, unit(v), v, decay)[0]
+
+    expected = with_gradients(op, x, w, conv)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = with_gradients(op, x, w, conv)
+    for a, b in zip(inside, expected, strict=True):
+        assert torch.equal(a, b)

@@ -157,7 +157,7 @@ class SpectralGateMixer(Mixer):
             y, S = semiseparable_chunked(
                 *(v, b, c, log_decay, angle),
                 frequency=frequency,
-                log_write=write.clamp(min=torch.finfo(write.dtype).tiny).log(),
+                log_write=write.clamp(min=torch.finfo(write.dtype).tiny).log(),  # δ may underflow
                 skip=direct,
                 state=S,
                 reset=reset,

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from resonance_nn.ops.precision import without_autocast
+
 
 class Chunked(torch.autograd.Function):
     """The chunked form on whole chunks, with its derivative written out.
@@ -109,6 +111,7 @@ class Chunked(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad_y: Tensor | None, grad_S: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         b, c, left, right, decay, from_start, to_end, carry, own, cos, sin = ctx.saved_tensors
         B, C, H, T, _ = decay.shape

@@ -1,8 +1,7 @@
 """What stands between the matmuls, with derivatives written out: normalisation, gating, a short causal convolution.
 
 Composed of PyTorch's operators each of these would save every intermediate tensor and pass over all of them again in
-the backward pass; here a function keeps its inputs only. Sums are in float32 or wider. Each has its formula as
-``_reference``.
+the backward pass; here a function keeps its inputs, and RMSNorm a number a row. Sums add up in float32 or wider.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from resonance_nn.ops.precision import wide_dtype
+from resonance_nn.ops.precision import wide_dtype, without_autocast
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
@@ -23,6 +22,7 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
     return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.to(wide.dtype)).to(dtype or x.dtype)
 
 
+@without_autocast
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """x / √(mean(x²) + eps) ∘ weight over the last dimension (Zhang & Sennrich 2019), in float32 or wider.
 
@@ -59,6 +59,7 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, r = ctx.saved_tensors
         grad, x, w = grad.to(r.dtype).contiguous(), x.to(r.dtype).contiguous(), weight.to(r.dtype)
@@ -87,6 +88,7 @@ class _SiluGate(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         x, gate = ctx.saved_tensors
         return F.silu(gate).mul_(grad), torch.ops.aten.silu_backward(grad * x, gate)
@@ -108,6 +110,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (gate_up,) = ctx.saved_tensors
         gate, up = gate_up.chunk(2, dim=-1)
@@ -127,6 +130,7 @@ def short_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, 
     return y
 
 
+@without_autocast
 def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
     """Causal depthwise convolution of width W: y_t = Σ_{j<W} w_j ∘ x_{t−j} (+ bias), with zeros before the first token.
 
@@ -158,6 +162,7 @@ class _ShortConv(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, bias, reset = ctx.saved_tensors
         w = weight.to(grad.dtype)

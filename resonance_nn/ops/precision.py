@@ -38,13 +38,13 @@ def reduce_angle(angle: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def without_autocast(op: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
-    """Run an op with autocast off, on the device of its first argument: the op chooses its own dtypes."""
+    """Run an op with autocast off, on the device of its first tensor: the op chooses its own dtypes. A derivative too,
+    which autocast would reach where ``backward`` is called inside of it."""
 
     @wraps(op)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        first = args[0] if args else next(iter(kwargs.values()))
-        assert isinstance(first, Tensor)
-        if first.device.type == "meta":  # shapes only; autocast knows no such device
+        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        if first is None or first.device.type == "meta":  # shapes only; autocast knows no such device
             return op(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return op(*args, **kwargs)
