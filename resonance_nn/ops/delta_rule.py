@@ -30,8 +30,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from resonance_nn.ops import fla_backend
 from resonance_nn.ops.precision import phase_dtype, reduce_angle, wide_dtype, without_autocast
-from resonance_nn.ops.semiseparable import rotate
+from resonance_nn.ops.semiseparable import phases, rotate, turn_back, turn_state
 
 SUB_CHUNK = 16  # tokens between re-basings of decays a channel
 EXPONENT = 80.0  # e^80 is finite in float32
@@ -53,6 +54,7 @@ def delta_rule_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token. Arguments as :func:`delta_rule_chunked`."""
     B, L, H, P = v.shape
+    v, erase = _apply_beta(v, k, erase)
     S = v.new_zeros(B, H, k.shape[-1], P, dtype=wide_dtype(v)) if state is None else state
     outputs = []
     for t in range(L):
@@ -77,9 +79,10 @@ def delta_rule_step(
     state: Tensor,
     hermitian: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One token: v (B, H, P), k, q, erase (B, H, K), log_decay (B, H) or (B, H, K) (N with angles or hermitian), angle
-    (B, H, N) or None, state (B, H, K, P) -> y (B, H, P) and the next state."""
+    """One token: v (B, H, P), k, q, erase (B, H, K) or β (B, H), log_decay (B, H) or (B, H, K) (N with angles or
+    hermitian), angle (B, H, N) or None, state (B, H, K, P) -> y (B, H, P) and the next state."""
     wide = wide_dtype(v)
+    v, erase = _apply_beta(v, k, erase)
     S, k, q, value = state.to(wide), k.to(wide), q.to(wide), v.to(wide)
     erase = None if erase is None else erase.to(wide)
     decay = log_decay.to(wide).exp()
@@ -118,6 +121,7 @@ def delta_rule_chunked(
     reset: Tensor | None = None,
     mask: Tensor | None = None,
     chunk_size: int = 64,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Evaluate the memory over L tokens, T at a time.
 
@@ -134,7 +138,9 @@ def delta_rule_chunked(
     Args:
         v: what is written (B, L, H, P). Products with it run in its dtype; the inverse, decays, angles and states in
             float32 or wider.
-        k, q, erase: (B, L, H, K); K = 2N with ``angle`` or ``hermitian``. ``erase`` None erases nothing.
+        k, q: (B, L, H, K); K = 2N with ``angle`` or ``hermitian``.
+        erase: e (B, L, H, K); or β (B, L, H), the gated delta rule proper: e_t = β_t k_t, and β_t v_t is written; or
+            None: nothing is erased.
         log_decay: ≤ 0, nats a step: (B, L, H), one a head, or (B, L, H, K), one a channel (N, one a mode,
             with angles or hermitian).
         angle: (B, L, H, N), radians a step, or None.
@@ -145,9 +151,14 @@ def delta_rule_chunked(
         reset: (B, L) bool, True where a document begins.
         mask: (B, L) bool, False at padding: such a step leaves the state as it was.
         chunk_size: T; 64 is the most that float32 solves well.
+        backend: "torch", or "fla": a kernel of ``ops.fla_backend``, on NVIDIA GPUs, with its own T. It has one decay a
+            head, and erases β or nothing.
 
     Returns:
         y (B, L, H, P) in v's dtype, and S after the last token (B, H, K, P) in float32 or wider.
+
+    Raises:
+        ValueError: chunk_size out of range, or a backend that is unknown, cannot run here or lacks what is asked.
     """
     B, L, H, P = v.shape
     K = k.shape[-1]
@@ -159,9 +170,19 @@ def delta_rule_chunked(
     if mask is not None:
         hidden = ~mask[..., None, None]
         k = k.masked_fill(hidden, 0)
-        erase = None if erase is None else erase.masked_fill(hidden, 0)
+        erase = None if erase is None else erase.masked_fill(hidden if erase.dim() == 4 else hidden[..., 0], 0)
         log_decay = log_decay.masked_fill(hidden if by_channel else hidden[..., 0], 0)
         angle = None if angle is None else angle.masked_fill(hidden, 0)
+    if fla_backend.chosen(backend, v):
+        _check_kernel(hermitian, by_channel, erase)
+        theta = None if angle is None else phases(angle, None, wide, T)
+        k, q = (k, q) if theta is None else (turn_back(k, theta), turn_back(q, theta))
+        if erase is None:
+            y, S = fla_backend.linear_attention(v, k, q, log_decay, state, reset)
+        else:
+            y, S = fla_backend.gated_delta_rule(v, k, q, erase, log_decay, state, reset)
+        return y, S if theta is None else turn_state(S, theta)
+    v, erase = _apply_beta(v, k, erase)
     padding = -L % T
     C = (L + padding) // T
 
@@ -231,6 +252,25 @@ def delta_rule_chunked(
     if hermitian:
         y, S = y.real, _real(S, -2)
     return y.transpose(2, 3).reshape(B, C * T, H, P)[:, :L].to(out_dtype), S
+
+
+def _apply_beta(v: Tensor, k: Tensor, erase: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """What is written, and the erase vectors, where ``erase`` may be β (…), without the K of k (…, K)."""
+    if erase is None or erase.dim() == k.dim():
+        return v, erase
+    beta = erase[..., None]
+    return beta.to(v.dtype) * v, beta * k
+
+
+def _check_kernel(hermitian: bool, by_channel: bool, erase: Tensor | None) -> None:
+    """Refuse what fla's kernels cannot do."""
+    for asked, name in (
+        (hermitian, "hermitian = True"),
+        (by_channel, "log_decay (B, L, H, K), only (B, L, H)"),
+        (erase is not None and erase.dim() == 4, "erase (B, L, H, K), only β (B, L, H)"),
+    ):
+        if asked:
+            raise ValueError(f"backend = 'fla': its kernels have no {name}; use backend = 'torch'")
 
 
 def _scores(

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from resonance_nn.ops import fla_backend
 from resonance_nn.ops.chunked import Chunked
 from resonance_nn.ops.precision import phase_dtype, reduce_angle, wide_dtype, without_autocast
 
@@ -103,6 +104,7 @@ def semiseparable_chunked(
     mask: Tensor | None = None,
     read_first: bool = False,
     chunk_size: int = 64,
+    backend: str = "torch",
 ) -> tuple[Tensor, Tensor]:
     """Evaluate the operator over L tokens by matmuls within chunks of T and a short recurrence between them.
 
@@ -131,9 +133,14 @@ def semiseparable_chunked(
         mask: (B, L) bool, False at padding: such a step leaves the state as it was.
         read_first: whether a token reads before it writes, y_t = Re(c_t^H Λ_t S_{t−1}).
         chunk_size: T.
+        backend: "torch", or "fla": the sums by a kernel of ``ops.fla_backend``, on NVIDIA GPUs, with its own T. The
+            exponentials of log_write and log_read are then taken by themselves, and have to be finite.
 
     Returns:
         y (B, L, H, P) in v's dtype, and S after the last token (B, H, K, P) in float32 or wider.
+
+    Raises:
+        ValueError: chunk_size < 1, or a backend that is unknown or cannot run here.
     """
     B, L, H, _ = v.shape
     if chunk_size < 1:
@@ -143,6 +150,12 @@ def semiseparable_chunked(
     b, c, log_decay, angle = _mask_inputs(b, c, log_decay, angle, mask)
     if b.shape[2] != c.shape[2]:
         b, c = _to_heads(b, H), _to_heads(c, H)
+    if fla_backend.chosen(backend, v):
+        theta = None if angle is None else phases(angle, frequency, wide, T)
+        b = b if log_write is None else _to_heads(b, H) * log_write.to(wide).exp()[..., None]
+        c = c if log_read is None else _to_heads(c, H) * log_read.to(wide).exp()[..., None]
+        y, S = _by_kernel(v, _to_heads(b, H), _to_heads(c, H), log_decay, theta, state, reset, read_first)
+        return (y if skip is None else y + skip.to(wide)[..., None] * v).to(v.dtype), S
     padding = -L % T
     if padding:  # a step with b = 0, no decay and no rotation changes nothing
         v, b, c, log_decay = (_pad_length(x, padding) for x in (v, b, c, log_decay))
@@ -159,7 +172,7 @@ def semiseparable_chunked(
     cum = chunks(log_decay).cumsum(-1, dtype=wide)
     source = cum if log_write is None else cum - chunks(log_write).to(wide)  # what is left of s: − source_s
     target = cum if log_read is None else cum + chunks(log_read).to(wide)
-    theta = None if angle is None else _phase(angle.unflatten(1, (C, T)), frequency, wide)  # (B, L, H, N)
+    theta = None if angle is None else phases(angle, frequency, wide, T)  # (B, L, H, N)
     if skip is not None:
         skip = skip[:, None].to(wide) if skip.dim() == 1 else chunks(skip).to(wide)
         skip = skip.expand(cum.shape)
@@ -167,9 +180,7 @@ def semiseparable_chunked(
     result = Chunked.apply(v, b, c, cum, source, target, skip, theta, state, document, read_first)
     assert isinstance(result, tuple)
     y, S = result
-    if theta is not None:
-        S = rotate(S, theta[:, -1, :, :, None].cos(), theta[:, -1, :, :, None].sin(), dim=2)
-    return y[:, :L], S
+    return y[:, :L], S if theta is None else turn_state(S, theta)
 
 
 @without_autocast
@@ -211,10 +222,13 @@ def _pad_length(x: Tensor, padding: int) -> Tensor:
     return F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding))
 
 
-def _phase(angle: Tensor, frequency: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The angles (B, C, T, H, N), or (B, C, T, H) times ``frequency`` (H, N), summed from the first chunk on, modulo
-    2π: (B, L, H, N) in ``dtype``. The sums over chunks are reduced at each, so that nothing grows."""
-    theta = angle.cumsum(2, dtype=phase_dtype(angle))
+def phases(angle: Tensor, frequency: Tensor | None, dtype: torch.dtype, T: int) -> Tensor:
+    """The angles (B, L, H, N), or (B, L, H) times ``frequency`` (H, N), summed from the first token on, modulo 2π:
+    (B, L, H, N) in ``dtype``. The sums over chunks of T are reduced at each, so that nothing grows."""
+    L = angle.shape[1]
+    if L % T:
+        return phases(_pad_length(angle, -L % T), frequency, dtype, T)[:, :L]
+    theta = angle.unflatten(1, (-1, T)).cumsum(2, dtype=phase_dtype(angle))
     turns = theta[:, :, -1:]  # (B, C, 1, H, …)
     if frequency is not None:
         turns = turns[..., None] * frequency.to(turns.dtype)
@@ -223,3 +237,40 @@ def _phase(angle: Tensor, frequency: Tensor | None, dtype: torch.dtype) -> Tenso
     if frequency is None:
         return reduce_angle(theta + start, dtype).flatten(1, 2)
     return (start.to(dtype) + theta.to(dtype)[..., None] * frequency.to(dtype)).flatten(1, 2)
+
+
+def turn_back(x: Tensor, theta: Tensor) -> Tensor:
+    """e^{−iθ} x, for x (B, L, H, 2N) and θ (B, L, H, N), in θ's dtype."""
+    return rotate(x.to(theta.dtype), theta.cos(), -theta.sin())
+
+
+def turn_state(S: Tensor, theta: Tensor) -> Tensor:
+    """A state (B, H, 2N, P) in the frame that turns with the modes as it stands after the last token of θ
+    (B, L, H, N)."""
+    last = theta[:, -1, :, :, None]
+    return rotate(S, last.cos(), last.sin(), dim=2)
+
+
+def _by_kernel(
+    v: Tensor,
+    b: Tensor,
+    c: Tensor,
+    log_decay: Tensor,
+    theta: Tensor | None,
+    state: Tensor | None,
+    reset: Tensor | None,
+    read_first: bool,
+) -> tuple[Tensor, Tensor]:
+    """y and S of :func:`semiseparable_chunked` by fla's kernel, which knows real modes and reads after it writes:
+    b̃ and c̃ are its keys and queries, and to read first, tokens are written one place later than they are read."""
+    if theta is not None:
+        b, c = turn_back(b, theta), turn_back(c, theta)
+    if not read_first:
+        y, S = fla_backend.linear_attention(v, b, c, log_decay, state, reset)
+    else:
+        v, b, late = (F.pad(x, (0, 0) * (x.dim() - 2) + (1, 0)) for x in (v, b, log_decay))
+        late_reset = None if reset is None else F.pad(reset, (1, 0))
+        y, S = fla_backend.linear_attention(v, b, _pad_length(c, 1), late, state, late_reset)
+        read = log_decay.to(S.dtype).exp()
+        y = y[:, :-1] * (read if reset is None else read.masked_fill(reset[..., None], 0))[..., None]
+    return y, S if theta is None else turn_state(S, theta)
