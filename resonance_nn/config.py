@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 from resonance_nn.mixers import MIXERS, mixer_class
+from resonance_nn.ops.fla_backend import BACKENDS
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "num_hidden_layers": 6},
@@ -25,6 +26,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
     "output_norm": ("head", "gated"),
     "erase": ("delta", "gated", "hermitian", "none"),
     "decay": ("head", "channel", "none"),
+    "backend": BACKENDS,
 }
 TRAINING_FIELDS = {  # without effect in evaluation
     *("dropout", "initializer_range", "initial_context", "shortest_context", "initial_step", "format_version"),
@@ -86,6 +88,8 @@ class ResonanceConfig(PreTrainedConfig):
         prime_bump_epsilon: ``resolvent``: ε of their weights (log p) p^{−k(1/2+ε)}.
         conv_size: width of the short causal convolutions; 1 turns them into a scale.
         chunk_size: tokens T that the chunked operators take in one masked matmul.
+        backend: what computes the chunked operators of ``spectral_gate`` and ``holographic``: "torch", or "fla", the
+            kernels of fla-core on an NVIDIA GPU (docs/backend.md). Of the machine, not of the model: it is not saved.
         initial_context: the longest memory at initialisation, in tokens. It bounds nothing.
         shortest_context: ``spectral_gate``, ``holographic`` and ``hrr``: the shortest one; the heads' are log-spaced
             between them. Where all of a state must recall, as long as the longest.
@@ -144,6 +148,7 @@ class ResonanceConfig(PreTrainedConfig):
     prime_bump_epsilon: float | int = 0.0
     conv_size: int = 4
     chunk_size: int = 64
+    backend: str = "torch"
     initial_context: int = 2048
     shortest_context: int = 4
     scales: tuple[int, ...] = (4, 16)
@@ -222,8 +227,12 @@ class ResonanceConfig(PreTrainedConfig):
         return (
             cls.own_fields()
             - TRAINING_FIELDS
-            - {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "chunk_size"}
+            - {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "chunk_size", "backend"}
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields but ``backend``: a model saved on one machine loads on any."""
+        return {name: value for name, value in super().to_dict().items() if name != "backend"}
 
     @property
     def layer_mixers(self) -> tuple[str, ...]:
@@ -282,6 +291,13 @@ class ResonanceConfig(PreTrainedConfig):
             check(self.num_heads % self.num_groups == 0, "num_groups", f"a divisor of num_heads = {self.num_heads}")
         for field, choices in CHOICES.items():
             check(getattr(self, field) in choices, field, " or ".join(map(repr, choices)))
+        without = [name for name in self.mixers if self.backend not in mixer_class(name).backends]
+        if without:
+            having = [name for name, mixer in MIXERS.items() if self.backend in mixer.backends]
+            raise ValueError(
+                f"backend = {self.backend!r} with mixers = {self.mixers!r}: only {' and '.join(having)} run on it, "
+                f"{without[0]} does not; use backend = 'torch'"
+            )
         check(self.rotation in (None, *ROTATIONS), "rotation", f"None or {' or '.join(map(repr, ROTATIONS))}")
         size = self.filter_size
         sizes = size if isinstance(size, tuple | list) and len(size) == 2 else (size,)

@@ -51,6 +51,7 @@ from resonance_nn.data import (
 from resonance_nn.evaluation import finite, report, resolve_device, resolve_precision, row
 from resonance_nn.loading import load_model, load_tokenizer
 from resonance_nn.models import ResonanceForCausalLM
+from resonance_nn.ops.fla_backend import check_backend
 from resonance_nn.plots import plot_loss
 from resonance_nn.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from resonance_nn.rundir import PARTIAL, RunFolder, write_errors
@@ -71,6 +72,7 @@ def train(arguments: TrainArguments) -> dict[str, Any]:
     device = resolve_device(arguments.device)
     precision = resolve_precision(arguments.precision, device)
     model, tokenizer = _initial_model(arguments)
+    check_backend(model.config.backend, device)
     trainer_arguments = _trainer_arguments(arguments, device, precision, model.config)
     folder = RunFolder(Path(arguments.output_dir))
     run = _run_settings(arguments, trainer_arguments, device, precision)

@@ -100,6 +100,7 @@ class Mixer(nn.Module):
     causal: ClassVar[bool] = True
     state_names: tuple[str, ...] = ()  # the keys of a state
     float32_parameters: ClassVar[tuple[str, ...]] = ()  # kept in float32 when a model is loaded in half precision
+    backends: ClassVar[tuple[str, ...]] = ("torch",)  # that ``config.backend`` may name
     constant_state: bool = True  # the state's size does not depend on the context
 
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:

@@ -21,6 +21,12 @@ if TYPE_CHECKING:
 
 MIN_LOG_DECAY = -5.0  # of a channel's decay: a token keeps at least e^−5
 
+FLA_OPTIONS = {  # that fla's kernels have
+    "erase": ("delta", "none"),
+    "decay": ("head", "none"),
+    "rotation": (None, "none", "step"),
+}
+
 
 class HolographicMixer(Mixer):
     """The operator of ``ops.delta_rule`` with keys, values and gates from the token:
@@ -51,6 +57,7 @@ class HolographicMixer(Mixer):
     """
 
     state_names = ("conv", "memory")
+    backends = ("torch", "fla")
     float32_parameters = ("damping", "frequency", "step_bias", "decay_bias", "step_proj", "roots")
 
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
@@ -58,12 +65,19 @@ class HolographicMixer(Mixer):
         D, H, N, P = config.hidden_size, config.num_heads, config.num_modes, self.head_dim
         self.num_modes = N
         self.shortest, self.longest = config.shortest_context, config.initial_context
-        self.chunk_size = min(config.chunk_size, 64)
+        self.chunk_size, self.backend = min(config.chunk_size, 64), config.backend
         self.erase, self.decay, self.max_beta = config.erase, config.decay, config.max_beta
         self.rotation = config.rotation or "none"
         self.turning_heads = H // 2 if self.rotation == "token" else 0
         G = self.gated_heads = H - self.turning_heads
         self.hermitian = self.erase == "hermitian"
+        if self.backend == "fla":
+            for field, allowed in FLA_OPTIONS.items():
+                if getattr(config, field) not in allowed:
+                    raise ValueError(
+                        f"backend = 'fla': holographic with {field} = {getattr(config, field)!r} has no kernel there; "
+                        f"use backend = 'torch', or {field} = {' or '.join(map(repr, allowed))}"
+                    )
         K = 2 * N
         self.sizes = (2 * K * H + D, D)  # [q | k | v] for the convolution, z
         self.in_proj = nn.Linear(D, sum(self.sizes), bias=False)
@@ -188,6 +202,7 @@ class HolographicMixer(Mixer):
             reset=reset,
             mask=real_tokens(v, length),
             chunk_size=self.chunk_size,
+            backend=self.backend,
         )
 
     def _roots(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -215,10 +230,10 @@ class HolographicMixer(Mixer):
         return log_decay, None
 
     def _gates(self, x: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Of the gated heads: what to erase (B, L, G, K), None for nothing, and what to write (B, L, G, P)."""
+        """Of the gated heads: ``erase`` and v (B, L, G, P) as ``delta_rule_chunked`` takes them."""
         if self.erase in ("delta", "none"):
-            beta = self.max_beta * torch.sigmoid(self.beta_proj(x))[..., None]  # (B, L, G, 1)
-            return (beta * k if self.erase == "delta" else None), beta.to(v.dtype) * v
+            beta = self.max_beta * torch.sigmoid(self.beta_proj(x))  # (B, L, G)
+            return (beta, v) if self.erase == "delta" else (None, beta[..., None].to(v.dtype) * v)
         gates = torch.sigmoid(self.gates_proj(x)).unflatten(-1, (self.gated_heads, -1))
         e, w = gates.tensor_split([self.erase_channels], dim=-1)
         e = torch.cat((e, e), dim=-1) if self.hermitian else e

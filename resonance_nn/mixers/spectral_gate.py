@@ -54,6 +54,7 @@ class SpectralGateMixer(Mixer):
     """
 
     state_names = ("conv", "memory")
+    backends = ("torch", "fla")
     float32_parameters = ("damping", "frequency", "step_bias", "step_proj", "angle_proj")
 
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
@@ -62,7 +63,7 @@ class SpectralGateMixer(Mixer):
         E, K = config.expand * D, 2 * N
         self.head_dim, self.num_groups, self.num_modes = E // H, G, N
         self.shortest, self.longest = config.shortest_context, config.initial_context
-        self.chunk_size = config.chunk_size
+        self.chunk_size, self.backend = config.chunk_size, config.backend
         self.initial_step, self.time_step_limit = config.initial_step, config.time_step_limit
         self.rotation = config.rotation or "step"
         self.normalize_gates, self.trapezoidal = config.normalize_gates, config.trapezoidal
@@ -164,6 +165,7 @@ class SpectralGateMixer(Mixer):
                 mask=mask,
                 read_first=own is not None,
                 chunk_size=self.chunk_size,
+                backend=self.backend,
             )
         if self.gate_first:
             y = self.norm(silu_gate(y.flatten(2), z))
