@@ -136,7 +136,7 @@ def _load_weights(folder: Path, config: ResonanceConfig, dtype: torch.dtype | No
     if not _has_weights(folder):
         raise ValueError(f"model {str(folder)!r}: has no model.safetensors (other formats are not read)")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             loaded: Any = ResonanceForCausalLM.from_pretrained(
                 str(folder),
                 config=config,
@@ -176,7 +176,7 @@ def _download(repository: str) -> str:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without its progress bar and its report of weights that do not fit: both are ours to tell."""
     verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()

@@ -14,6 +14,7 @@ import torch
 from numpy.random import Generator
 
 from resonance_nn.bench.common import Row, result
+from resonance_nn.bench.fit import student_t95
 from resonance_nn.bench.learning import Plan, described, learn, prepare
 from resonance_nn.bench.speed import count
 from resonance_nn.bench.tasks import answer_loss
@@ -286,15 +287,12 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return statistics.mean(known) if known and len(known) == len(values) else None
 
 
-T95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t, 97.5%
-
-
 def _interval(differences: Sequence[float]) -> float | None:
     """Half the 95% confidence interval of the mean of paired differences (Student's t); None for a single seed."""
     n = len(differences)
     if n < 2:
         return None
-    return T95.get(n - 1, 1.96) * statistics.stdev(differences) / math.sqrt(n)
+    return student_t95(n - 1) * statistics.stdev(differences) / math.sqrt(n)
 
 
 def _fields(config: ResonanceConfig) -> dict[str, Any]:
