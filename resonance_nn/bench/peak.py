@@ -80,8 +80,8 @@ def in_own_process(
 
     Raises:
         ValueError: as the function raises it.
-        RuntimeError: any other failure, with its name; or the process was ended, as the system does when memory runs
-            out.
+        ChildProcessError: the process was ended, as the system does when memory runs out.
+        RuntimeError: any other failure, with its name.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
@@ -95,7 +95,7 @@ def in_own_process(
             progress(*message[1])
     except EOFError:
         process.join()
-        raise RuntimeError(
+        raise ChildProcessError(
             f"{function.__name__}: its process ended with code {process.exitcode} and no result"
             + ("; the system ends one that asks for more memory than there is" if process.exitcode == -9 else "")
         ) from None

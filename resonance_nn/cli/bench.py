@@ -6,7 +6,17 @@ from typing import Annotated
 
 import typer
 
-from resonance_nn.cli import bench_ablation, bench_capacity, bench_learning, bench_mixers, bench_spectrum
+from resonance_nn.cli import (
+    bench_ablation,
+    bench_capacity,
+    bench_context,
+    bench_decode,
+    bench_learning,
+    bench_mixers,
+    bench_ops,
+    bench_scaling,
+    bench_spectrum,
+)
 from resonance_nn.cli.common import (
     DeviceOption,
     JsonOption,
@@ -29,7 +39,11 @@ def suites(context: typer.Context) -> None:
 
 bench.command()(bench_ablation.ablation)
 bench.command()(bench_capacity.capacity)
+bench.command()(bench_context.context)
+bench.command()(bench_decode.decode)
 bench.command()(bench_mixers.mixers)
+bench.command()(bench_ops.ops)
+bench.command()(bench_scaling.scaling)
 bench.command()(bench_learning.recall)
 bench.command()(bench_spectrum.spectrum)
 bench.command()(bench_learning.tracking)
