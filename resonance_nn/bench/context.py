@@ -7,7 +7,8 @@ process held with the model and the tokens in memory.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -147,23 +148,23 @@ def _work(
     return None
 
 
-class _told:
-    """As a context: tells which of the blocks' forward passes are done, each ``passes`` times."""
+@contextmanager
+def _told(model: ResonanceForCausalLM, passes: int, progress: Callable[[int, int], None]) -> Iterator[None]:
+    """Tells how many of the blocks' forward passes are over, each ``passes`` times. A pass that is computed again for
+    its gradient ends as soon as nothing more is needed of it, so their beginnings are counted."""
+    blocks = model.model.backbone.blocks
+    begun, total = 0, passes * len(blocks)
 
-    def __init__(self, model: ResonanceForCausalLM, passes: int, progress: Callable[[int, int], None]) -> None:
-        blocks = model.model.backbone.blocks
-        self.total, self.done, self.progress = passes * len(blocks), 0, progress
-        self.hooks = [block.register_forward_hook(self.tell) for block in blocks]
+    def tell(module: nn.Module, args: Any) -> None:
+        nonlocal begun
+        progress(min(begun, total), total)
+        begun += 1
 
-    def tell(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.done += 1
-        self.progress(min(self.done, self.total), self.total)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        for hook in self.hooks:
+    hooks = [block.register_forward_pre_hook(tell) for block in blocks]
+    try:
+        yield
+    finally:
+        for hook in hooks:
             hook.remove()
 
 
