@@ -84,8 +84,8 @@ def run(options: DecodeOptions, progress: Callable[[int, int], None] = lambda do
     read = ResonanceCache(options.layers)
     ids = torch.randint(options.vocab_size, (1, options.read(options.contexts[-1]) + 1), device=options.device)
     chunks = -(-(ids.shape[1] - 1) // PREFILL_CHUNK) + len(options.contexts)
-    calls = (options.repeats + 1) * len(options.batch_sizes) * (5 if options.generate else 3)
-    total, done = chunks + len(options.contexts) * (calls + options.repeats + 1), 0
+    calls = 1 + len(options.batch_sizes) * (8 if options.generate else 6)  # of a round, at most
+    total, done = chunks + len(options.contexts) * (options.repeats + 1) * calls, 0
 
     def advance() -> None:
         nonlocal done
@@ -194,7 +194,11 @@ def _measure(
     others: Mapping[str, Callable[[], None]],
     advance: Callable[[], None],
 ) -> tuple[dict[str, list[float]], _Measured]:
-    """Seconds a token of every call at this context, in turns, ``others`` among them."""
+    """Seconds a token of every call at this context, in turns, ``others`` among them.
+
+    Each model decodes a token first that does not count, since its weights are not in the processor's cache after
+    another's turn. The calls at the first context stand right before those at this one.
+    """
     made = _Measured({}, {}, {}, {}, {})
 
     def add(name: str, tokens: int, call: Callable[[], None]) -> None:
@@ -207,6 +211,9 @@ def _measure(
         if options.generate:
             branch = copy.deepcopy(cache)
             add(f"ours generate {B}", options.tokens, _generating(ours, branch, B, options, lambda: None))
+        add(f"warm {B}", 1, _decoding(ours, cache, B, 1, options, lambda: None))
+        if f"first {B}" in others:
+            add(f"first {B}", options.tokens, others[f"first {B}"])
         add(f"ours {B}", options.tokens, _decoding(ours, cache, B, options.tokens, options, lambda: None))
         made.skipped[B] = _why_not(peer, context, B, options)
         if made.skipped[B] is not None:
@@ -221,6 +228,7 @@ def _measure(
             for layer in static.layers:
                 layer.cumulative_length.fill_(context)  # pyright: ignore[reportAttributeAccessIssue]
 
+        add(f"warm peer {B}", 1, _decoding(peer, dynamic, B, 1, options, crop))
         add(f"DynamicCache {B}", tokens, _decoding(peer, dynamic, B, tokens, options, crop))
         add(f"StaticCache {B}", tokens, _decoding(peer, static, B, tokens, options, rewind))
         if options.generate:

@@ -38,14 +38,18 @@ def peak_memory(function: Callable[[], _Result], device: str = "cpu") -> tuple[i
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - start, result
     give_back_freed_memory()  # or the call takes pages that were counted before it
-    if CLEAR_REFS.exists():
-        CLEAR_REFS.write_text("5")  # the high-water mark becomes what is resident now (proc(5))
-        start = resident("VmRSS")
-        result = function()
-        return max(0, resident("VmHWM") - start), result
-    start = resident("VmHWM")
+    start = resident("VmRSS" if _reset_mark() else "VmHWM")
     result = function()
-    return resident("VmHWM") - start, result
+    return max(0, resident("VmHWM") - start), result
+
+
+def _reset_mark() -> bool:
+    """Make the high-water mark what is resident now, and say whether the system can do that (proc(5))."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:  # not Linux, or a container that forbids it
+        return False
+    return True
 
 
 def resident(field: str) -> int:
