@@ -20,7 +20,7 @@ def keep_freed_memory() -> bool:
     Returns:
         Whether it took effect; False, and nothing done, where the C library is not glibc.
     """
-    if platform.system() != "Linux" or platform.libc_ver()[0] != "glibc":
+    if not _is_glibc():
         return False
     global _kept
     mallopt = ctypes.CDLL(None).mallopt
@@ -28,6 +28,20 @@ def keep_freed_memory() -> bool:
     return _kept
 
 
+def release_freed_memory() -> bool:
+    """Give the freed memory that lies between tensors still in use back to the system (``malloc_trim``). The holes that
+    a long computation leaves can take more than its tensors do.
+
+    Returns:
+        Whether anything was given back; False, and nothing done, where the C library is not glibc.
+    """
+    return _is_glibc() and bool(ctypes.CDLL(None).malloc_trim(0))
+
+
 def is_freed_memory_kept() -> bool:
     """Whether :func:`keep_freed_memory` was called and took effect: part of what a measurement was made on."""
     return _kept
+
+
+def _is_glibc() -> bool:
+    return platform.system() == "Linux" and platform.libc_ver()[0] == "glibc"

@@ -9,16 +9,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from resonance_nn.allocator import release_freed_memory
 from resonance_nn.layers import RMSNorm, SwiGLU
 from resonance_nn.mixers import build_mixer
 from resonance_nn.mixers.base import RightPadding, State, leading_reset
 
 if TYPE_CHECKING:
     from resonance_nn.config import ResonanceConfig
+
+SEGMENT = 8192  # tokens that a block takes at once where no more need be kept in memory
 
 
 class Block(nn.Module):
@@ -51,6 +55,46 @@ class Block(nn.Module):
         x = x + F.dropout(y, self.dropout, self.training).to(x.dtype)
         y = self.mlp(self.mlp_norm(x))
         return x + F.dropout(y, self.dropout, self.training).to(x.dtype), state, losses
+
+    def run(
+        self,
+        x: Tensor,
+        length: Tensor | None,
+        reset: Tensor | None,
+        state: State | None,
+        return_state: bool,
+        return_losses: bool,
+    ) -> tuple[Tensor, State | None, list[Tensor] | None]:
+        """As :meth:`forward`, with gradient checkpointing where it is on.
+
+        Without a gradient or with checkpointing, a causal mixer of constant state takes a long sequence in segments of
+        ``SEGMENT`` tokens and carries its state: what is computed is the same, and what a block holds in memory does not
+        grow with the length, but for its inputs and outputs. Auxiliary losses are then means over the segments, weighed
+        by their tokens.
+        """
+        checkpointed = self.gradient_checkpointing and self.training
+        call: Callable[..., Any] = self
+        if checkpointed:
+            call = partial(self._gradient_checkpointing_func, self.__call__)
+        L = x.shape[1]
+        whole = L <= SEGMENT or torch.compiler.is_compiling() or not (self.mixer.causal and self.mixer.constant_state)
+        if whole or not (checkpointed or not torch.is_grad_enabled()):
+            return call(x, length, reset, state, return_state, return_losses)
+        outputs: list[Tensor] = []
+        losses: list[Tensor] | None = [] if return_losses else None
+        for i, part in enumerate(x.split(SEGMENT, dim=1)):
+            start, stop = i * SEGMENT, i * SEGMENT + part.shape[1]
+            real = None if length is None else (length - start).clamp(0, SEGMENT)
+            begins = None if reset is None else reset[:, start:stop]
+            begins, (state,) = leading_reset(begins, [state])
+            y, state, of_part = call(part, real, begins, state, return_state or stop < L, return_losses)
+            outputs.append(y)
+            if losses is not None:
+                losses += [loss * (y.shape[1] / L) for loss in of_part]
+        y = torch.cat(outputs, dim=1)
+        outputs.clear()
+        release_freed_memory()  # a segment's output lies above what its computation took: three times the tensors' size
+        return y, state if return_state else None, losses
 
 
 class Backbone(nn.Module):
@@ -97,10 +141,7 @@ class Backbone(nn.Module):
                 hidden.append(x)
             state = states[i]
             assert isinstance(block, Block)
-            run: Callable[..., Any] = block
-            if block.gradient_checkpointing and self.training:
-                run = partial(block._gradient_checkpointing_func, block.__call__)
-            x, state, of_block = run(x, length, reset, state, return_states, losses is not None)
+            x, state, of_block = block.run(x, length, reset, state, return_states, losses is not None)
             new_states.append(state)
             if losses is not None:
                 losses += of_block

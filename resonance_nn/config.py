@@ -26,13 +26,13 @@ CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
     "output_norm": ("head", "gated"),
     "erase": ("delta", "gated", "hermitian", "none"),
     "decay": ("head", "channel", "none"),
+    "rotation": ("none", "step", "token"),
     "backend": BACKENDS,
 }
 TRAINING_FIELDS = {  # without effect in evaluation
     *("dropout", "initializer_range", "initial_context", "shortest_context", "initial_step", "format_version"),
     *("label_smoothing", "z_loss_weight", "entropy_weight", "mode_noise"),
 }
-ROTATIONS = ("none", "step", "token")
 
 
 class ResonanceConfig(PreTrainedConfig):
@@ -47,8 +47,8 @@ class ResonanceConfig(PreTrainedConfig):
         intermediate_size: inner width of the SwiGLU; None means 8/3·D rounded up to a multiple of 64.
         mixers: names from ``MIXERS``, tiled over the layers: ("spectral_gate", "attention") alternates them.
             "multi_scale:" before a causal one adds coarse copies of it, see ``scales``.
-        num_modes: complex modes N a head (``spectral_gate``) or a filter (``resonance``); None means D/(2H), so that a
-            head keeps as many reals a channel as it has channels.
+        num_modes: complex modes N a head (``spectral_gate``, 2N real ones with ``rotation`` "none") or a filter
+            (``resonance``); None means D/(2H), so that a head keeps as many reals a channel as it has channels.
         filters: ``resonance`` and ``global_filter``: one filter a "head" or a "channel".
         filter_size: ``global_filter``: where its filter is learned, tokens, or (rows, columns) of images; at other
             sizes it is interpolated. None means ``initial_context`` tokens.
@@ -56,12 +56,11 @@ class ResonanceConfig(PreTrainedConfig):
             too small for them.
         rotation: what turns the modes of ``spectral_gate`` and ``holographic``: "none" (real modes), "step" (ω_n times
             the step δ_t) or "token": in ``spectral_gate`` by an angle of each token's own too, in ``holographic``
-            half of the heads by roots of unity that a token chooses, the others not at all. None means "step" in
-            ``spectral_gate`` and "none" in ``holographic``.
+            half of the heads by roots of unity that a token chooses, the others not at all.
         orders: ``holographic`` with ``rotation`` "token": the orders p of those roots, in turn over the modes. Modes of
             order p can count modulo p.
         expand: inner width of ``spectral_gate`` over D.
-        num_groups: ``spectral_gate``: groups of heads that share the gates b and c; None means a group a head.
+        num_groups: ``spectral_gate``: G groups of heads that share the gates b and c; None means a group a head.
         normalize_gates: ``spectral_gate``: whether b and c have norm 1.
         output_norm: ``spectral_gate``: RMSNorm a "head", then the gate silu(z), or the "gated" output normalised
             in groups, as in Mamba-2.
@@ -123,10 +122,10 @@ class ResonanceConfig(PreTrainedConfig):
     filters: str = "head"
     filter_size: int | tuple[int, int] | None = DERIVED
     num_bands: int = 8
-    rotation: str | None = None
+    rotation: str = "none"
     orders: tuple[int, ...] = (2, 3, 5, 7)
     expand: int = 1
-    num_groups: int = DERIVED
+    num_groups: int | None = 1
     normalize_gates: bool = True
     output_norm: str = "head"
     conv_bias: bool = False
@@ -182,7 +181,7 @@ class ResonanceConfig(PreTrainedConfig):
             self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
         if self.num_modes is DERIVED:
             self.num_modes = max(1, self.hidden_size // self.num_heads // 2)
-        if self.num_groups is DERIVED:
+        if self.num_groups is None:
             self.num_groups = self.num_heads
         if self.min_damping is DERIVED:
             self.min_damping = self.max_coupling / (2 * self.initial_context)
@@ -287,7 +286,7 @@ class ResonanceConfig(PreTrainedConfig):
         ascending = len(lengths) > 0 and all(type(s) is int and s >= 2 for s in lengths)
         ascending = ascending and all(a < b for a, b in itertools.pairwise(lengths))
         check(ascending, "scales", "one or more integers ≥ 2, ascending, such as (4, 16)")
-        if self.num_groups is not DERIVED:
+        if self.num_groups is not None:
             check(self.num_heads % self.num_groups == 0, "num_groups", f"a divisor of num_heads = {self.num_heads}")
         for field, choices in CHOICES.items():
             check(getattr(self, field) in choices, field, " or ".join(map(repr, choices)))
@@ -298,7 +297,6 @@ class ResonanceConfig(PreTrainedConfig):
                 f"backend = {self.backend!r} with mixers = {self.mixers!r}: only {' and '.join(having)} run on it, "
                 f"{without[0]} does not; use backend = 'torch'"
             )
-        check(self.rotation in (None, *ROTATIONS), "rotation", f"None or {' or '.join(map(repr, ROTATIONS))}")
         size = self.filter_size
         sizes = size if isinstance(size, tuple | list) and len(size) == 2 else (size,)
         check(size is DERIVED or all(type(s) is int and s >= 1 for s in sizes), "filter_size", "an integer ≥ 1 or two")

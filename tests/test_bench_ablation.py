@@ -44,19 +44,19 @@ def test_run_compares_with_the_base_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setitem(
         ablation.ABLATIONS,
         "spectral_gate",
-        ablation.Ablation({"mixers": ("spectral_gate",)}, {"real": {"rotation": "none"}}),
+        ablation.Ablation({"mixers": ("spectral_gate",)}, {"complex": {"rotation": "step"}}),
     )
     arguments = ["bench", "ablation", "--ablations", "spectral_gate", "--data", str(text), "--tokens", "20000"]
     arguments += ["--seeds", "2", "--hidden-size", "32", "--layers", "1", "--vocab-size", "300", "--seq-len", "64"]
     arguments += ["--output-dir", str(tmp_path / "runs"), "--json", str(tmp_path / "a.json")]
     assert main(arguments) == 0
     first = json.loads((tmp_path / "a.json").read_text())
-    base, real = first["rows"]
+    base, turning = first["rows"]
     assert base["difference"] == 0
-    assert math.isclose(real["difference"], real["ours"] - base["ours"], abs_tol=1e-9)
-    assert len(real["losses"]) == 2
-    assert real["interval"] > 0
-    assert real["ours"] < math.log(300)
+    assert math.isclose(turning["difference"], turning["ours"] - base["ours"], abs_tol=1e-9)
+    assert len(turning["losses"]) == 2
+    assert turning["interval"] > 0
+    assert turning["ours"] < math.log(300)
     assert main([*arguments, "--resume"]) == 0
     assert json.loads((tmp_path / "a.json").read_text())["rows"] == first["rows"]
 

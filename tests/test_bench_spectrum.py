@@ -95,9 +95,9 @@ def test_use_of_constant_resonators():
 
 SELECTIVE = [
     ("spectral_gate", {}),
-    ("spectral_gate", {"rotation": "none", "num_groups": 1}),
+    ("spectral_gate", {"rotation": "step", "num_groups": None}),
     ("spectral_gate", {"rotation": "token", "num_groups": 1, "normalize_gates": False}),
-    ("spectral_gate", {"frequency_mixing": True, "mode_fraction": 0.5, "expand": 2}),
+    ("spectral_gate", {"rotation": "step", "frequency_mixing": True, "mode_fraction": 0.5, "expand": 2}),
     ("holographic", {}),
     ("holographic", {"rotation": "step", "erase": "none"}),
     ("holographic", {"rotation": "token", "erase": "hermitian", "decay": "channel"}),
@@ -163,7 +163,7 @@ def _pairs(x: Tensor, modes: int) -> Tensor:
 
 def test_steps_scale_what_selective_modes_do(tokenizer, text):
     """At first δ is about 1, so a layer shows the periods and decay times it was given, divided by the mean step."""
-    rows = measured(tokenizer, text, "spectral_gate")
+    rows = measured(tokenizer, text, "spectral_gate", rotation="step")
     assert [r["head"] for r in rows] == [0, 1]
     for r in rows:
         assert r["gates"]["step"]["mean"] == pytest.approx(1, abs=0.1)
@@ -173,7 +173,7 @@ def test_steps_scale_what_selective_modes_do(tokenizer, text):
 
 
 def test_coarse_scales_are_reported_in_tokens(tokenizer, text):
-    rows = measured(tokenizer, text, "multi_scale:spectral_gate", scales=(4, 16))
+    rows = measured(tokenizer, text, "multi_scale:spectral_gate", scales=(4, 16), rotation="step")
     assert [(r["scale"], r["head"]) for r in rows] == [(1, 0), (1, 1), (4, 0), (4, 1), (16, 0), (16, 1)]
     assert rows[4]["case"] == "layer 0 scale 16 head 0"
     for r in rows:

@@ -91,8 +91,12 @@ def test_equals_its_definition(overrides: dict):
     assert relative(mixer(x)[0], definition(mixer, x)) < 1e-10
 
 
-def test_default_parameters_are_those_of_older_checkpoints():
-    mixer = make_mixer("spectral_gate")
+def test_parameters():
+    """b and c of K = 16 are shared by the heads as it comes; a group a head and frequencies make it the complex form."""
+    shared = {name: tuple(p.shape) for name, p in make_mixer("spectral_gate").named_parameters()}
+    assert shared["in_proj.weight"] == (32 + 2 * 16 + 32, 32)
+    assert "frequency" not in shared
+    mixer = make_mixer("spectral_gate", rotation="step", num_groups=None)
     assert {name: tuple(p.shape) for name, p in mixer.named_parameters()} == {
         "in_proj.weight": (32 + 4 * 16 + 32, 32),
         "step_proj.weight": (2, 32),
@@ -123,7 +127,7 @@ def test_new_parts_change_nothing_at_first():
 
 
 def test_real_and_complex_modes_have_equal_states():
-    real, turning = make_mixer("spectral_gate", rotation="none"), make_mixer("spectral_gate")
+    real, turning = make_mixer("spectral_gate"), make_mixer("spectral_gate", rotation="step")
     assert real.state_bytes() == turning.state_bytes()
     count = [sum(p.numel() for p in mixer.parameters()) for mixer in (real, turning)]
     assert count[1] - count[0] == turning.frequency.numel()

@@ -39,7 +39,7 @@ class Ablation:
 
 ABLATIONS: dict[str, Ablation] = {
     "spectral_gate": Ablation(
-        {"mixers": ("spectral_gate",)},
+        {"mixers": ("spectral_gate",), "rotation": "step", "num_groups": None},
         {
             "frequency_mixing": {"frequency_mixing": True},
             "mode_fraction 0.5": {"mode_fraction": 0.5},
@@ -51,7 +51,7 @@ ABLATIONS: dict[str, Ablation] = {
         },
     ),
     "sharing": Ablation(
-        {"mixers": ("spectral_gate",)},
+        {"mixers": ("spectral_gate",), "rotation": "step", "num_groups": None},
         {
             "two groups": {"num_groups": 2},
             "one group": {"num_groups": 1},

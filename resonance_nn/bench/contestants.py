@@ -114,7 +114,7 @@ def state_bytes(model: PreTrainedModel, length: int) -> int:
 
 
 EQUAL = "trained through our operator, equal to transformers' in "
-SPECTRAL_GATE = {"mixers": ("spectral_gate",)}
+SPECTRAL_GATE = {"mixers": ("spectral_gate",), "num_groups": None}  # b and c a head
 MAMBA2 = {
     **SPECTRAL_GATE,
     "rotation": "none",

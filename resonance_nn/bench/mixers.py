@@ -22,7 +22,7 @@ from resonance_nn.models import ResonanceForCausalLM
 
 BASE = "spectral_gate"
 OPTIONS: dict[str, Mapping[str, Any]] = {  # options that change the cost
-    "spectral_gate, real": {"mixers": (BASE,), "rotation": "none"},
+    "spectral_gate, complex": {"mixers": (BASE,), "rotation": "step", "num_groups": None},
     "holographic, turning": {"mixers": ("holographic",), "rotation": "token"},
     "holographic, gates and channel decays": {"mixers": ("holographic",), "erase": "gated", "decay": "channel"},
     "holographic, hermitian": {"mixers": ("holographic",), "erase": "hermitian", "rotation": "token"},

@@ -24,7 +24,7 @@ MIN_LOG_DECAY = -5.0  # of a channel's decay: a token keeps at least e^−5
 FLA_OPTIONS = {  # that fla's kernels have
     "erase": ("delta", "none"),
     "decay": ("head", "none"),
-    "rotation": (None, "none", "step"),
+    "rotation": ("none", "step"),
 }
 
 
@@ -67,7 +67,7 @@ class HolographicMixer(Mixer):
         self.shortest, self.longest = config.shortest_context, config.initial_context
         self.chunk_size, self.backend = min(config.chunk_size, 64), config.backend
         self.erase, self.decay, self.max_beta = config.erase, config.decay, config.max_beta
-        self.rotation = config.rotation or "none"
+        self.rotation = config.rotation
         self.turning_heads = H // 2 if self.rotation == "token" else 0
         G = self.gated_heads = H - self.turning_heads
         self.hermitian = self.erase == "hermitian"

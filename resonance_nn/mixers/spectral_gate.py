@@ -65,7 +65,7 @@ class SpectralGateMixer(Mixer):
         self.shortest, self.longest = config.shortest_context, config.initial_context
         self.chunk_size, self.backend = config.chunk_size, config.backend
         self.initial_step, self.time_step_limit = config.initial_step, config.time_step_limit
-        self.rotation = config.rotation or "step"
+        self.rotation = config.rotation
         self.normalize_gates, self.trapezoidal = config.normalize_gates, config.trapezoidal
         self.gate_first = config.output_norm == "gated"
         self.entropy_weight, self.mode_noise = config.entropy_weight, config.mode_noise
