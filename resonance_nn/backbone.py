@@ -68,9 +68,9 @@ class Block(nn.Module):
         """As :meth:`forward`, with gradient checkpointing where it is on.
 
         Without a gradient or with checkpointing, a causal mixer of constant state takes a long sequence in segments of
-        ``SEGMENT`` tokens and carries its state: what is computed is the same, and what a block holds in memory does not
-        grow with the length, but for its inputs and outputs. Auxiliary losses are then means over the segments, weighed
-        by their tokens.
+        ``SEGMENT`` tokens and carries its state: what is computed is the same, and what a block holds in memory, but
+        for its inputs and outputs, does not grow with the length. Auxiliary losses are then means over the segments,
+        weighed by their tokens.
         """
         checkpointed = self.gradient_checkpointing and self.training
         call: Callable[..., Any] = self

@@ -92,7 +92,7 @@ def test_equals_its_definition(overrides: dict):
 
 
 def test_parameters():
-    """b and c of K = 16 are shared by the heads as it comes; a group a head and frequencies make it the complex form."""
+    """As it comes the heads share b and c of K = 16; a group a head and frequencies make it the complex form."""
     shared = {name: tuple(p.shape) for name, p in make_mixer("spectral_gate").named_parameters()}
     assert shared["in_proj.weight"] == (32 + 2 * 16 + 32, 32)
     assert "frequency" not in shared

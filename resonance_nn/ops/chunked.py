@@ -31,7 +31,8 @@ class Chunked(torch.autograd.Function):
 
         dA = dY V^T      W = b̃ dS'      dV = (A + diag(skip))^T dY + e ∘ W      dS = e^{total} dS' + c̃^T (f ∘ dY)
         dc̃ = Σ_heads (dA ∘ D) b̃ + (f ∘ dY) S^T                   db̃ = Σ_heads (dA ∘ D)^T c̃ + (e ∘ V) dS'^T
-        dtarget = rowsum(A ∘ dA) + f dY·Z      dsource = −colsum(A ∘ dA) − e V·W      dtotal = Σ e V·W + ⟨e^{total} S, dS'⟩
+        dtarget = rowsum(A ∘ dA) + f dY·Z       dsource = −colsum(A ∘ dA) − e V·W
+        dtotal = Σ e V·W + ⟨e^{total} S, dS'⟩
 
     and db = e^{iθ} db̃, dθ = Re(i b̃^H db̃) + Re(i c̃^H dc̃). Row and column sums are of the same rounded products, so what
     a token reads of its own write drops out of the decays' gradient exactly, in bfloat16 too.
