@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from resonance_nn.allocator import release_freed_memory
-from resonance_nn.layers import RMSNorm, SwiGLU
+from resonance_nn.layers import MLPS, RMSNorm
 from resonance_nn.mixers import build_mixer
 from resonance_nn.mixers.base import RightPadding, State, leading_reset
 
@@ -33,7 +33,7 @@ class Block(nn.Module):
         self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = build_mixer(config.layer_mixers[layer_idx], config, layer_idx)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp = MLPS[config.mlp](config.hidden_size, config.intermediate_size)
         self.dropout = config.dropout
         # transformers' activation_checkpointing_enable() sets both, in every n-th block
         self.gradient_checkpointing = False
@@ -89,7 +89,7 @@ class Block(nn.Module):
             begins, (state,) = leading_reset(begins, [state])
             y, state, of_part = call(part, real, begins, state, return_state or stop < L, return_losses)
             outputs.append(y)
-            if losses is not None:
+            if losses is not None and of_part is not None:
                 losses += [loss * (y.shape[1] / L) for loss in of_part]
         y = torch.cat(outputs, dim=1)
         outputs.clear()
@@ -143,7 +143,7 @@ class Backbone(nn.Module):
             assert isinstance(block, Block)
             x, state, of_block = block.run(x, length, reset, state, return_states, losses is not None)
             new_states.append(state)
-            if losses is not None:
+            if losses is not None and of_block is not None:
                 losses += of_block
         x = self.norm(x)
         if padding is not None:

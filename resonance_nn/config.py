@@ -23,7 +23,8 @@ FORMAT_VERSION = 1
 DERIVED: Any = None  # a field left out: __post_init__ derives it from the width
 CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
     "filters": ("head", "channel"),
-    "output_norm": ("head", "gated"),
+    "output_norm": ("none", "head", "gated"),
+    "mlp": ("relu2", "swiglu"),
     "erase": ("delta", "gated", "hermitian", "none"),
     "decay": ("head", "channel", "none"),
     "rotation": ("none", "step", "token"),
@@ -44,7 +45,9 @@ class ResonanceConfig(PreTrainedConfig):
         num_hidden_layers: blocks.
         num_heads: heads H of every mixer, a divisor of D with D/H ≥ 8; None means heads of 64 channels, or of as many
             as divide D. ``num_attention_heads`` is an alias.
-        intermediate_size: inner width of the SwiGLU; None means 8/3·D rounded up to a multiple of 64.
+        mlp: "relu2", W_down max(W_up x, 0)², or "swiglu", W_down (silu(W_gate x) ∘ W_up x).
+        intermediate_size: inner width of the MLP; None means 4·D of "relu2" and 8/3·D of "swiglu", which has a third
+            matrix, rounded up to a multiple of 64.
         mixers: names from ``MIXERS``, tiled over the layers: ("spectral_gate", "attention") alternates them.
             "multi_scale:" before a causal one adds coarse copies of it, see ``scales``.
         num_modes: complex modes N a head (``spectral_gate``, 2N real ones with ``rotation`` "none") or a filter
@@ -62,8 +65,9 @@ class ResonanceConfig(PreTrainedConfig):
         expand: inner width of ``spectral_gate`` over D.
         num_groups: ``spectral_gate``: G groups of heads that share the gates b and c; None means a group a head.
         normalize_gates: ``spectral_gate``: whether b and c have norm 1.
+        activate_values: ``spectral_gate``: whether the values v pass through silu, as b and c do.
         output_norm: ``spectral_gate``: RMSNorm a "head", then the gate silu(z), or the "gated" output normalised
-            in groups, as in Mamba-2.
+            in groups, as in Mamba-2, or "none".
         conv_bias: ``spectral_gate``: whether the short convolution has a bias.
         time_step_limit: ``spectral_gate``: (low, high), bounds of the step δ; None for none.
         initial_step: ``spectral_gate``: (low, high), bounds of δ at initialisation, log-uniform over the heads as in
@@ -116,6 +120,7 @@ class ResonanceConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_hidden_layers: int = 12
     num_heads: int = DERIVED
+    mlp: str = "relu2"
     intermediate_size: int = DERIVED
     mixers: tuple[str, ...] = ("spectral_gate",)
     num_modes: int = DERIVED
@@ -127,7 +132,8 @@ class ResonanceConfig(PreTrainedConfig):
     expand: int = 1
     num_groups: int | None = 1
     normalize_gates: bool = True
-    output_norm: str = "head"
+    activate_values: bool = False
+    output_norm: str = "none"
     conv_bias: bool = False
     time_step_limit: tuple[float, float] | None = None
     initial_step: tuple[float, float] | None = None
@@ -178,7 +184,8 @@ class ResonanceConfig(PreTrainedConfig):
             self.num_heads = _default_heads(self.hidden_size)
         self._validate()
         if self.intermediate_size is DERIVED:
-            self.intermediate_size = -(-8 * self.hidden_size // (3 * 64)) * 64
+            twelfths = 48 if self.mlp == "relu2" else 32
+            self.intermediate_size = -(-twelfths * self.hidden_size // (12 * 64)) * 64
         if self.num_modes is DERIVED:
             self.num_modes = max(1, self.hidden_size // self.num_heads // 2)
         if self.num_groups is None:

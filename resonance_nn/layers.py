@@ -1,4 +1,4 @@
-"""The small layers every block shares: RMSNorm, SwiGLU, a causal short convolution."""
+"""The small layers every block shares: RMSNorm, the MLPs, a causal short convolution."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resonance_nn.ops.elementwise import rms_norm, short_conv, swiglu
+from resonance_nn.ops.elementwise import rms_norm, short_conv, squared_relu, swiglu
 from resonance_nn.ops.precision import autocast_dtype, wide_dtype
 
 
@@ -45,6 +45,21 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down_proj(swiglu(self.gate_up_proj(x)))
+
+
+class SquaredReLU(nn.Module):
+    """W_down max(W_up x, 0)², (B, L, D) -> (B, L, D) (So et al. 2021)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(squared_relu(self.up_proj(x)))
+
+
+MLPS: dict[str, type[SwiGLU] | type[SquaredReLU]] = {"relu2": SquaredReLU, "swiglu": SwiGLU}
 
 
 class ShortConv(nn.Module):

@@ -26,6 +26,7 @@ STACKS = {  # what builds a language model: every causal mixer alone, and hybrid
 MAMBA2 = dict(
     rotation="none",
     normalize_gates=False,
+    activate_values=True,
     output_norm="gated",
     expand=2,
     conv_bias=True,
@@ -34,7 +35,7 @@ MAMBA2 = dict(
 VARIANTS: list[tuple[str, dict[str, Any]]] = [  # every causal mixer as it comes, and its options that change the state
     *((name, {}) for name, mixer in MIXERS.items() if mixer.causal),
     ("resonance", {"filters": "channel"}),
-    ("spectral_gate", {"rotation": "step", "num_groups": None}),
+    ("spectral_gate", {"rotation": "step", "num_groups": None, "output_norm": "head"}),
     ("spectral_gate", MAMBA2),
     ("spectral_gate", {"rotation": "token", "frequency_mixing": True, "expand": 2}),
     ("spectral_gate", {"num_groups": None, "frequency_mixing": True, "mode_fraction": 0.4, "entropy_weight": 0.1}),

@@ -44,7 +44,7 @@ def test_run_compares_with_the_base_and_resumes(tmp_path, monkeypatch):
     monkeypatch.setitem(
         ablation.ABLATIONS,
         "spectral_gate",
-        ablation.Ablation({"mixers": ("spectral_gate",)}, {"complex": {"rotation": "step"}}),
+        ablation.Ablation(ablation.REAL, {"complex": {"rotation": "step"}}),
     )
     arguments = ["bench", "ablation", "--ablations", "spectral_gate", "--data", str(text), "--tokens", "20000"]
     arguments += ["--seeds", "2", "--hidden-size", "32", "--layers", "1", "--vocab-size", "300", "--seq-len", "64"]

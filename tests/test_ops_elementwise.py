@@ -15,6 +15,7 @@ from resonance_nn.ops import (
     short_conv,
     short_conv_reference,
     silu_gate,
+    squared_relu,
     swiglu,
     unit,
 )
@@ -124,3 +125,20 @@ def test_backward_inside_autocast_is_as_outside():
         inside = with_gradients(op, x, w, conv)
     for a, b in zip(inside, expected, strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.bfloat16])
+def test_squared_relu(dtype: torch.dtype):
+    x = torch.randn(3, 5, 64, dtype=dtype)
+    x[0, 0, :2] = torch.tensor([0.0, -0.0])
+    exact = with_gradients(lambda x: F.relu(x).square(), x)
+    check(with_gradients(squared_relu, x), exact, TOLERANCE.get(dtype, 2e-2))
+    assert all(t.isfinite().all() for t in with_gradients(squared_relu, x * 1e-25))  # squares that underflow
+
+
+def test_squared_relu_keeps_its_result_only():
+    saved = []
+    x = torch.randn(3, 5, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        y = squared_relu(x)
+    assert [t.data_ptr() for t in saved] == [y.data_ptr()]

@@ -24,8 +24,11 @@ from resonance_nn.data.synthetic import Batch
 from resonance_nn.evaluation import resolve_device
 from resonance_nn.models import ResonanceForCausalLM
 
-RESOLVENT = {"mixers": ("resolvent",)}
-HOLOGRAPHIC = {"mixers": ("holographic",)}
+PLAIN = {"mlp": "swiglu", "activate_values": True, "output_norm": "head"}
+COMPLEX = {**PLAIN, "mixers": ("spectral_gate",), "rotation": "step", "num_groups": None}
+REAL = {**PLAIN, "mixers": ("spectral_gate",), "rotation": "none", "num_groups": 1}
+RESOLVENT = {**PLAIN, "mixers": ("resolvent",)}
+HOLOGRAPHIC = {**PLAIN, "mixers": ("holographic",)}
 
 
 @dataclass(frozen=True)
@@ -39,7 +42,7 @@ class Ablation:
 
 ABLATIONS: dict[str, Ablation] = {
     "spectral_gate": Ablation(
-        {"mixers": ("spectral_gate",), "rotation": "step", "num_groups": None},
+        COMPLEX,
         {
             "frequency_mixing": {"frequency_mixing": True},
             "mode_fraction 0.5": {"mode_fraction": 0.5},
@@ -51,13 +54,22 @@ ABLATIONS: dict[str, Ablation] = {
         },
     ),
     "sharing": Ablation(
-        {"mixers": ("spectral_gate",), "rotation": "step", "num_groups": None},
+        COMPLEX,
         {
             "two groups": {"num_groups": 2},
             "one group": {"num_groups": 1},
             "real, two groups": {"num_groups": 2, "rotation": "none"},
             "real, one group": {"num_groups": 1, "rotation": "none"},
             "real, one group, 64 modes": {"num_groups": 1, "rotation": "none", "num_modes": 64},
+        },
+    ),
+    "slim": Ablation(
+        REAL,
+        {
+            "linear values": {"activate_values": False},
+            "relu2": {"mlp": "relu2"},
+            "no output norm": {"output_norm": "none"},
+            "all three": {"activate_values": False, "mlp": "relu2", "output_norm": "none"},
         },
     ),
     "prime_bump": Ablation(RESOLVENT, {"prime_bump": {"prime_bump": True}}, seeds=5),
@@ -238,8 +250,9 @@ def sized(options: AblationOptions, fields: Mapping[str, Any], reference: Mappin
             return count(ResonanceForCausalLM(config))
 
     config = ResonanceConfig(**common, **fields)
-    surplus = parameters(config) - parameters(reference_config)
-    width = reference_config.intermediate_size - round(surplus / (3 * options.hidden_size * options.layers))
+    width, size = config.intermediate_size, parameters(config)
+    a_channel = parameters(ResonanceConfig(**common, **{**fields, "intermediate_size": width + 1})) - size
+    width -= round((size - parameters(reference_config)) / a_channel)
     return ResonanceConfig(**common, **{**fields, "intermediate_size": max(1, width)})
 
 

@@ -100,6 +100,7 @@ class Contestant:
             num_heads=heads * expand,  # so that heads are of one size
             initializer_range=shape.initializer_range,
             num_modes=modes,
+            mlp="swiglu",
             **self.fields,
         )
 
@@ -114,12 +115,18 @@ def state_bytes(model: PreTrainedModel, length: int) -> int:
 
 
 EQUAL = "trained through our operator, equal to transformers' in "
-SPECTRAL_GATE = {"mixers": ("spectral_gate",), "num_groups": None}  # b and c a head
+SPECTRAL_GATE = {  # b and c a head
+    "mixers": ("spectral_gate",),
+    "num_groups": None,
+    "activate_values": True,
+    "output_norm": "head",
+}
 MAMBA2 = {
     **SPECTRAL_GATE,
     "rotation": "none",
     "num_groups": 1,
     "normalize_gates": False,
+    "activate_values": True,
     "output_norm": "gated",
     "conv_bias": True,
     "expand": 2,

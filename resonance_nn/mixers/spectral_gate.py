@@ -59,7 +59,8 @@ class SpectralGateMixer(Mixer):
 
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)
-        D, H, N, G = config.hidden_size, config.num_heads, config.num_modes, config.num_groups
+        D, H, N = config.hidden_size, config.num_heads, config.num_modes
+        G = config.num_groups or H
         E, K = config.expand * D, 2 * N
         self.head_dim, self.num_groups, self.num_modes = E // H, G, N
         self.shortest, self.longest = config.shortest_context, config.initial_context
@@ -67,7 +68,7 @@ class SpectralGateMixer(Mixer):
         self.initial_step, self.time_step_limit = config.initial_step, config.time_step_limit
         self.rotation = config.rotation
         self.normalize_gates, self.trapezoidal = config.normalize_gates, config.trapezoidal
-        self.gate_first = config.output_norm == "gated"
+        self.activate_values, self.output_norm = config.activate_values, config.output_norm
         self.entropy_weight, self.mode_noise = config.entropy_weight, config.mode_noise
         self.modes = K if self.rotation == "none" else N  # that can be chosen
         self.modes_kept = math.ceil(config.mode_fraction * self.modes - 1e-9)  # 0.07 · 100 is 7
@@ -89,7 +90,10 @@ class SpectralGateMixer(Mixer):
             self.blend_proj = nn.Linear(D, H, bias=False)
             self.blend_bias = nn.Parameter(torch.empty(H))
             self.state_names = (*self.state_names, "last")
-        self.norm = GroupedRMSNorm(E, G, config.norm_eps) if self.gate_first else RMSNorm(E // H, config.norm_eps)
+        self.norm = None
+        if self.output_norm != "none":
+            grouped = self.output_norm == "gated"
+            self.norm = GroupedRMSNorm(E, G, config.norm_eps) if grouped else RMSNorm(E // H, config.norm_eps)
         self.out_proj = nn.Linear(E, D, bias=False)
         self._initialise()
 
@@ -133,7 +137,11 @@ class SpectralGateMixer(Mixer):
         state = state or {}
         vbc, z = self.in_proj(x).split(self.sizes, dim=-1)
         vbc, tail = self.conv(vbc, state.get("conv"), reset=reset, length=length)
-        v, b, c = F.silu(vbc).split((H * P, G * K, G * K), dim=-1)
+        if self.activate_values:
+            v, b, c = F.silu(vbc).split((H * P, G * K, G * K), dim=-1)
+        else:
+            v, bc = vbc.split((H * P, 2 * G * K), dim=-1)
+            b, c = F.silu(bc).split(G * K, dim=-1)
         v, b, c = v.view(B, L, H, P), b.view(B, L, G, K), c.view(B, L, G, K)
         if self.normalize_gates:
             b, c = unit(b), unit(c)
@@ -167,7 +175,9 @@ class SpectralGateMixer(Mixer):
                 chunk_size=self.chunk_size,
                 backend=self.backend,
             )
-        if self.gate_first:
+        if self.norm is None:
+            y = silu_gate(y.flatten(2), z)
+        elif self.output_norm == "gated":
             y = self.norm(silu_gate(y.flatten(2), z))
         else:
             y = silu_gate(self.norm(y).flatten(2), z)

@@ -62,6 +62,7 @@ def mamba2_config(
         "expand": expand,
         "num_groups": n_groups,
         "normalize_gates": False,
+        "activate_values": True,
         "output_norm": "gated",
         "conv_bias": True,
         "initial_step": (0.001, 0.1),

@@ -14,6 +14,7 @@ from resonance_nn.ops.elementwise import (
     short_conv,
     short_conv_reference,
     silu_gate,
+    squared_relu,
     swiglu,
     unit,
 )
@@ -116,6 +117,7 @@ __all__ = [
     "spectral_filter_reference",
     "spectral_report",
     "squared_couplings",
+    "squared_relu",
     "swiglu",
     "two_sided_fractions",
     "two_sided_green",

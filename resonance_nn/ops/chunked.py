@@ -144,7 +144,7 @@ class Chunked(torch.autograd.Function):
         of_writes = _head_sums(written * into_v, P, wide)  # (B, C, H, T)
         d_source -= of_writes
         d_total = of_writes.sum(-1, keepdim=True)
-        if states is not None:
+        if states is not None and read is not None:
             dc += _bmm(read, states.mT)
             d_target += _head_sums(read * reads, P, wide)
             kept = _per_head(states * dS, P).sum((-1, -3), dtype=wide)  # (B, C, G, R)

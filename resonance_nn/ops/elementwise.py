@@ -121,6 +121,30 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
+def squared_relu(x: Tensor) -> Tensor:
+    """max(x, 0)² (So et al. 2021, Primer). Keeps nothing but its result, which the matmul after it keeps anyway."""
+    result = _SquaredReLU.apply(x)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _SquaredReLU(torch.autograd.Function):
+    """dx = 2 max(x, 0) dy, with max(x, 0) = √y."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.relu().square_()
+        ctx.save_for_backward(y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        return y.sqrt().mul_(grad).mul_(2)
+
+
 def short_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
     """The definition, a lag at a time. Arguments as :func:`short_conv`."""
     y = torch.zeros_like(x) if bias is None else bias.expand_as(x)
