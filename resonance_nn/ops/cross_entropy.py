@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from resonance_nn.ops.precision import autocast_dtype, wide_dtype
 
-CHUNK_ELEMENTS = 1 << 22  # logits alive at once, 16 MB in float32; more where 64 tokens already have more
+CHUNK_ELEMENTS = 1 << 23  # logits alive at once, 32 MB in float32; more where 64 tokens already have more
 
 
 def linear_cross_entropy_reference(
@@ -82,7 +82,8 @@ def linear_cross_entropy(
         ignore_index: targets that count for nothing.
         label_smoothing: ε in [0, 1).
         z_loss_weight: ζ ≥ 0.
-        chunk_size: tokens at a time; None keeps (chunk, V) near 4 million elements, with 64 tokens or more.
+        chunk_size: tokens at a time; None keeps (chunk, V) near 8 million elements and below a quarter of (M, V), with
+            64 tokens or more.
 
     Returns:
         Two float32 (or wider) scalars: the objective, differentiable once in hidden and weight, and Σ ℓ, detached.
@@ -93,7 +94,7 @@ def linear_cross_entropy(
     if z_loss_weight < 0.0:
         raise ValueError(f"z_loss_weight = {z_loss_weight}: must be ≥ 0")
     dtype = autocast_dtype(hidden)
-    chunk = chunk_size or max(64, CHUNK_ELEMENTS // weight.shape[0])
+    chunk = chunk_size or max(64, min(CHUNK_ELEMENTS // weight.shape[0], hidden.shape[0] // 4))
     result = _LinearCrossEntropy.apply(
         hidden, weight, targets, ignore_index, label_smoothing, z_loss_weight, chunk, dtype, torch.is_grad_enabled()
     )

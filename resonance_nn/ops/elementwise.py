@@ -175,6 +175,7 @@ def short_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, reset: Ten
 class _ShortConv(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, reset: Tensor | None) -> Tensor:
+        x = x.contiguous()  # often a slice of a projection, which every pass over it would pay for
         ctx.save_for_backward(x, weight, bias, reset)
         w, bias = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
         if _has_kernel(x, reset):
