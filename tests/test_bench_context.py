@@ -81,9 +81,10 @@ def test_prefill_takes_no_more_memory_and_state_for_a_longer_context():
 
 def test_gradient_checkpointing_saves_memory():
     told = []
-    with_it = measure("train", 4096, SMALL, lambda *a: told.append(a))
-    assert told == [(i, 6) for i in range(6)]
-    without = measure("train", 4096, replace(SMALL, gradient_checkpointing=False), lambda *a: None)
+    deep = replace(SMALL, layers=6)
+    with_it = measure("train", 4096, deep, lambda *a: told.append(a))
+    assert told == [(i, 12) for i in range(12)]
+    without = measure("train", 4096, replace(deep, gradient_checkpointing=False), lambda *a: None)
     assert with_it["peak_bytes"] < 0.7 * without["peak_bytes"]
     assert with_it["parameters"] == without["parameters"]
     assert with_it["state_bytes"] is None

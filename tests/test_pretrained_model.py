@@ -84,7 +84,8 @@ def test_config_errors(fields: dict, message: str):
 
 def test_config_derives_from_the_overridden_width():
     config = ResonanceConfig.from_size("tiny", hidden_size=512)
-    assert (config.num_heads, config.intermediate_size, config.num_modes) == (8, 1408, 32)
+    assert (config.num_heads, config.intermediate_size, config.num_modes) == (8, 2048, 32)
+    assert ResonanceConfig.from_size("tiny", hidden_size=512, mlp="swiglu").intermediate_size == 1408
     assert ResonanceConfig(num_attention_heads=6).num_heads == 6
     assert config.num_attention_heads == 8
     assert "attention" not in ResonanceConfig().mixers

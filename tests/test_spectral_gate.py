@@ -45,8 +45,8 @@ def definition(m: SpectralGateMixer, x: Tensor) -> Tensor:
     taps = p["conv.weight"]
     before = F.pad(vbc, (0, 0, len(taps) - 1, 0))
     vbc = sum(taps[j] * before[:, len(taps) - 1 - j :][:, :L] for j in range(len(taps))) + p.get("conv.bias", 0)
-    v, b, c = F.silu(vbc).split((H * P, 2 * G * N, 2 * G * N), dim=-1)
-    v = v.view(B, L, H, P)
+    v, b, c = vbc.split((H * P, 2 * G * N, 2 * G * N), dim=-1)
+    v, b, c = (F.silu(v) if m.activate_values else v).view(B, L, H, P), F.silu(b), F.silu(c)
     b, c = (t.view(B, L, G, 2 * N)[:, :, of_head] for t in (b, c))  # (B, L, H, 2N)
     if m.normalize_gates:
         b, c = b / b.norm(dim=-1, keepdim=True), c / c.norm(dim=-1, keepdim=True)
@@ -76,12 +76,14 @@ def definition(m: SpectralGateMixer, x: Tensor) -> Tensor:
             S = decay[:, t, :, :, None] * (S + ((1 - gamma) * delta)[:, t, :, None, None] * old)
         S = S + (gamma * delta)[:, t, :, None, None] * b[:, t, :, :, None] * v[:, t, :, None, :]
         outputs.append((c[:, t].conj()[..., None] * S).sum(-2).real + p["skip"][:, None] * v[:, t])
-    y, eps, silu = torch.stack(outputs, 1), m.norm.eps, F.silu(z)
-    if m.gate_first:
+    y, silu = torch.stack(outputs, 1), F.silu(z)
+    if m.norm is None:
+        y = y.flatten(2) * silu
+    elif m.output_norm == "gated":
         y = (y.flatten(2) * silu).view(B, L, G, -1)
-        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps)).flatten(2) * p["norm.weight"]
+        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + m.norm.eps)).flatten(2) * p["norm.weight"]
     else:
-        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + eps) * p["norm.weight"]).flatten(2) * silu
+        y = (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + m.norm.eps) * p["norm.weight"]).flatten(2) * silu
     return y @ p["out_proj.weight"].T
 
 
@@ -96,7 +98,7 @@ def test_parameters():
     shared = {name: tuple(p.shape) for name, p in make_mixer("spectral_gate").named_parameters()}
     assert shared["in_proj.weight"] == (32 + 2 * 16 + 32, 32)
     assert "frequency" not in shared
-    mixer = make_mixer("spectral_gate", rotation="step", num_groups=None)
+    mixer = make_mixer("spectral_gate", rotation="step", num_groups=None, output_norm="head")
     assert {name: tuple(p.shape) for name, p in mixer.named_parameters()} == {
         "in_proj.weight": (32 + 4 * 16 + 32, 32),
         "step_proj.weight": (2, 32),

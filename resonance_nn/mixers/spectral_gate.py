@@ -137,14 +137,10 @@ class SpectralGateMixer(Mixer):
         state = state or {}
         vbc, z = self.in_proj(x).split(self.sizes, dim=-1)
         vbc, tail = self.conv(vbc, state.get("conv"), reset=reset, length=length)
-        if self.activate_values:
-            v, b, c = F.silu(vbc).split((H * P, G * K, G * K), dim=-1)
-        else:
-            v, bc = vbc.split((H * P, 2 * G * K), dim=-1)
-            b, c = F.silu(bc).split(G * K, dim=-1)
-        v, b, c = v.view(B, L, H, P), b.view(B, L, G, K), c.view(B, L, G, K)
-        if self.normalize_gates:
-            b, c = unit(b), unit(c)
+        v, bc = (F.silu(vbc) if self.activate_values else vbc).split((H * P, 2 * G * K), dim=-1)
+        v, bc = v.view(B, L, H, P), bc.view(B, L, 2 * G, K)
+        bc = bc if self.activate_values else F.silu(bc)
+        b, c = (unit(bc) if self.normalize_gates else bc).split(G, dim=2)
         c = self._read(c)
         delta, log_decay, angle = self._transition(x)
         mask = real_tokens(x, length)

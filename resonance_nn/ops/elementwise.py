@@ -32,6 +32,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
         eps: what is added to the mean square.
         dtype: of the result; None is x's.
     """
+    if not torch.is_grad_enabled() and weight.dtype == x.dtype:
+        return F.rms_norm(x, weight.shape, weight, eps).to(dtype or x.dtype)
     result = _RMSNorm.apply(x, weight, eps, dtype or x.dtype)
     assert isinstance(result, Tensor)
     return result
@@ -40,6 +42,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
 def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
     """x / √(Σx² + eps) over the last dimension (…, K), in x's dtype."""
     K = x.shape[-1]
+    if not torch.is_grad_enabled():
+        return F.rms_norm(x, (K,), None, eps / K).mul_(K**-0.5)
     return rms_norm(x, x.new_full((K,), K**-0.5, dtype=wide_dtype(x)), eps / K)
 
 
@@ -75,6 +79,8 @@ class _RMSNorm(torch.autograd.Function):
 
 def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
     """x ∘ silu(gate), silu(z) = z σ(z), of tensors of one shape; in the gate's dtype."""
+    if not torch.is_grad_enabled():
+        return F.silu(gate).mul_(x)
     result = _SiluGate.apply(x.to(gate.dtype), gate)
     assert isinstance(result, Tensor)
     return result

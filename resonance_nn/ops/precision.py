@@ -46,6 +46,8 @@ def without_autocast(op: Callable[_Arguments, _Result]) -> Callable[_Arguments, 
         first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if first is None or first.device.type == "meta":  # shapes only; autocast knows no such device
             return op(*args, **kwargs)
+        if not torch.is_autocast_enabled(first.device.type):  # a context costs as much as a small op
+            return op(*args, **kwargs)
         with torch.autocast(first.device.type, enabled=False):
             return op(*args, **kwargs)
 
