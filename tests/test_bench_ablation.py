@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from resonance_nn.bench import ablation
-from resonance_nn.bench.speed import count
+from resonance_nn.bench.models import count
 from resonance_nn.cli import main
 from resonance_nn.data import find_documents
 from resonance_nn.models import ResonanceForCausalLM

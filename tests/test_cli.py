@@ -27,6 +27,8 @@ COMMON_LEARNING = (
     "--shortest-context --cooldown --weight-decay --tokens-per-batch --eval-every --target --dtype --threads --device "
     "--output-dir --resume --overwrite --json --plot"
 )
+COMMON_MODELS = "--size --hidden-size --layers --vocab-size --mixers --set --peers --dtype --device --json --plot"
+COMMON_TIMING = "--repeats --floor --no-floor --compile --allocator --max-seconds"
 FLAGS = {
     "": "--version",
     "train": "--data --output-dir --eval-data --text-field --binary --size --mixers --vocab-size --tokenizer --init "
@@ -47,8 +49,9 @@ FLAGS = {
     "bench recall": f"--full --vocab-size --lengths --pairs --watch --fillers {COMMON_LEARNING}",
     "bench spectrum": "--data --tokens --window --device --json --plot",
     "bench tracking": f"--tasks --train-lengths --lengths --vocab-size --pairs --watch --fillers {COMMON_LEARNING}",
-    "bench speed": "--lengths --hidden-size --layers --vocab-size --mixers --tokens-per-batch --repeats --dtype "
-    "--forward-only --device --json --plot",
+    "bench speed": f"--lengths --full --tokens-per-batch --forward-only {COMMON_MODELS} {COMMON_TIMING}",
+    "bench throughput": f"--batches --length {COMMON_MODELS} {COMMON_TIMING}",
+    "bench memory": f"--lengths --tokens-per-batch --task --gradient-checkpointing {COMMON_MODELS}",
 }
 
 

@@ -16,7 +16,7 @@ from numpy.random import Generator
 from resonance_nn.bench.common import Row, result
 from resonance_nn.bench.fit import student_t95
 from resonance_nn.bench.learning import Plan, described, learn, prepare
-from resonance_nn.bench.speed import count
+from resonance_nn.bench.models import count
 from resonance_nn.bench.tasks import answer_loss
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import Documents, TokenStore, find_documents, read_texts, split_documents, train_tokenizer

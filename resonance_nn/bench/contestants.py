@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from resonance_nn.bench.speed import PEER, SpeedOptions, build
+from resonance_nn.bench.peers import PEER
+from resonance_nn.bench.speed import SpeedOptions, build
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.models import ResonanceForCausalLM
 

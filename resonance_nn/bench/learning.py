@@ -31,7 +31,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from resonance_nn.bench.speed import check_causal, count
+from resonance_nn.bench.models import check_causal, count
 from resonance_nn.bench.tasks import answer_loss
 from resonance_nn.data.synthetic import Batch
 from resonance_nn.evaluation import finite

@@ -15,7 +15,7 @@ from torch import Tensor
 from resonance_nn.allocator import keep_freed_memory
 from resonance_nn.bench.common import Row, interleaved, rate_row, result
 from resonance_nn.bench.contestants import state_bytes
-from resonance_nn.bench.speed import SpeedOptions, check_causal, count, training_step
+from resonance_nn.bench.models import ModelOptions, check_causal, count, training_step
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.mixers import MIXERS
 from resonance_nn.models import ResonanceForCausalLM
@@ -70,7 +70,7 @@ def run(options: MixerSpeedOptions, progress: Callable[[int, int], None] = lambd
 
     batch = max(1, options.tokens_per_batch // options.length)
     ids = torch.randint(options.vocab_size, (batch, options.length), device=options.device)
-    steps = SpeedOptions(dtype=options.dtype, device=options.device)
+    steps = ModelOptions(dtype=options.dtype, device=options.device)
     trained = interleaved({n: training_step(m, ids, steps) for n, m in models.items()}, options.repeats, advance)
     decoded = interleaved({n: _decoding(m, ids, options) for n, m in models.items()}, options.repeats, advance)
     rows: list[Row] = []

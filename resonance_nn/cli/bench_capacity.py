@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resonance_nn.cli.common import JsonOption, check_output, console_for, stderr_console, write_json
+from resonance_nn.cli.common import JsonOption, check_output, console_for, numbers, stderr_console, write_json
 
 
 def capacity(
@@ -25,7 +25,11 @@ def capacity(
     plot: Annotated[str | None, typer.Option("--plot", metavar="FILE", help="Write a plot as PNG.")] = None,
 ) -> None:
     """Associative memories: HRR's accuracy, delta-rule and least-squares exactness, bits; each beside its theory."""
-    given: dict[str, Any] = {"dims": _numbers("--dims", dims), "pairs": _numbers("--pairs", pairs), "trials": trials}
+    given: dict[str, Any] = {
+        "dims": None if dims is None else numbers("--dims", dims),
+        "pairs": None if pairs is None else numbers("--pairs", pairs),
+        "trials": trials,
+    }
     check_output(json_path, "--json")
     check_output(plot, "--plot")
     from rich.progress import Progress
@@ -49,10 +53,3 @@ def capacity(
         write_json(json_path, payload)
     if plot is not None:
         suite.plot(payload, plot)
-
-
-def _numbers(flag: str, text: str | None) -> tuple[int, ...] | None:
-    try:
-        return None if text is None else tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{flag} {text!r}: must be numbers separated by commas, such as 256,512") from None

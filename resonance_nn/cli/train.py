@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from resonance_nn.cli.common import JsonOption, check_output, console_for, stderr_console, write_json
+from resonance_nn.cli.common import JsonOption, check_output, config_fields, console_for, stderr_console, write_json
 
 MODEL, BUDGET, OPTIMISER, RUN = "Model", "Budget and batches", "Optimisation", "Run"
 
@@ -106,7 +105,7 @@ def train(
     Example: resonance train --data stdlib --output-dir runs/first --steps 300
     """
     check_output(json_file, "--json")
-    fields = dict(_field(text) for text in config or [])
+    fields = config_fields(config)
 
     from resonance_nn.training import TrainArguments, TrainingInterrupted
     from resonance_nn.training import train as run
@@ -177,14 +176,3 @@ def train(
 
 def _number(value: float | None) -> str:
     return "not finite" if value is None else f"{value:.3f}"
-
-
-def _field(text: str) -> tuple[str, Any]:
-    """FIELD=VALUE, the value as JSON where it is some, else as a string."""
-    name, equals, value = text.partition("=")
-    if not equals or not name:
-        raise ValueError(f"--set {text!r}: must be FIELD=VALUE, as in --set conv_size=8")
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
