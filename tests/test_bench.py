@@ -118,6 +118,33 @@ def test_a_peer_is_not_run_on_what_it_cannot_do(failure, monkeypatch):
     assert all(told in row["reason"] for row in rows[len(timed) :])
 
 
+@pytest.mark.parametrize("growth", [1, 2])
+def test_a_peer_is_given_up_before_its_steps_become_too_long(growth, monkeypatch):
+    """A step of quadratic time is given up from short sequences; one of linear time, with a fixed cost, is timed."""
+    ran: list[tuple[str, int]] = []
+
+    def training_step(model, ids, options, *, forward_only=False):
+        llama = "Llama" in type(model).__name__
+
+        def step():
+            ran.append((type(model).__name__, ids.shape[1]))
+            if llama:
+                time.sleep(0.01 + (1e-5 * ids.shape[1] if growth == 1 else 1e-6 * ids.shape[1] ** 2))
+
+        return step
+
+    monkeypatch.setattr(timing, "training_step", training_step)
+    options = replace(SMALL, lengths=(2048,), tokens_per_batch=1, repeats=1, floor=False, max_seconds=0.3)
+    (row,) = run(options)["rows"]
+    longest = max(length for name, length in ran if "Llama" in name)
+    if growth == 1:
+        assert row["reason"] is None
+        assert longest == 2048
+    else:
+        assert "a step at L=2048 B=1 would take" in row["reason"]
+        assert longest < 2048
+
+
 def test_the_default_allocator_is_measured_although_this_process_keeps_memory():
     keep_freed_memory()
     steps = []

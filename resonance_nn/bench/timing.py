@@ -28,6 +28,7 @@ from resonance_nn.bench.models import (
 )
 
 ALLOCATORS = ("keep", "default")
+APPROACH = 64  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,8 @@ class TimingOptions(ModelOptions):
         floor: whether to time each model's matmuls alone as well.
         compile: all models under torch.compile.
         allocator: "keep" freed memory in the process, as training does, or the C library's "default".
-        max_seconds: a peer whose first step takes longer is not timed, nor in the larger cases.
+        max_seconds: a peer whose first step takes longer, or would by its steps on shorter sequences, is not timed, nor
+            in the larger cases. Time to compile does not count.
     """
 
     repeats: int = 5
@@ -149,6 +151,8 @@ def measure(
         for name, model in models.items():
             if name in peers and name not in given_up:
                 expected = pace[name] * case.tokens if name in pace else 0.0
+                if expected <= options.max_seconds and not options.compile:
+                    expected = _approach(model, case, options, forward_only)
                 if expected > options.max_seconds:
                     given_up[name] = f"a step at {case} would take {expected:,.0f} s or more"
             if name in given_up:
@@ -175,6 +179,27 @@ def measure(
         metric = "forward tokens/s" if forward_only else "training tokens/s"
         rows += [_row(case, metric, label, seconds, operations, given_up) for label in peers or [None]]
     return rows
+
+
+def _approach(model: PreTrainedModel, case: Case, options: TimingOptions, forward_only: bool) -> float:
+    """Seconds that a step will take, at least, from steps on shorter sequences, each twice as long as the one before:
+    a step cannot be interrupted, and those of some peers grow with the square of the length. Ends where it is more than
+    ``max_seconds``."""
+    expected, before = 0.0, None
+    length = APPROACH
+    while 2 * length <= case.length and expected <= options.max_seconds:
+        ids = torch.randint(options.vocab_size, (1, length), device=options.device)
+        step = training_step(model, ids, options, forward_only=forward_only)
+        if before is None:
+            step()  # what is done once is no part of it
+        start = time.perf_counter()
+        step()
+        seconds = time.perf_counter() - start
+        if before is not None:  # the difference, so that a step's fixed costs are no part of it either
+            expected = (seconds - before) / (length // 2) * case.tokens
+        before = seconds
+        length *= 2
+    return expected
 
 
 class _First(NamedTuple):
