@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from resonance_nn.bench.models import ModelOptions, build_alone
 from resonance_nn.bench.peers import PEER
-from resonance_nn.bench.speed import SpeedOptions, build
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.models import ResonanceForCausalLM
 
@@ -68,17 +68,17 @@ class Contestant:
             ValueError: no such shape of this model.
         """
         if self.fields is None:
-            llama = build(
-                SpeedOptions(
-                    lengths=(shape.length,),
-                    hidden_size=shape.hidden_size,
-                    layers=shape.layers,
-                    vocab_size=shape.vocab_size,
-                    mixers=("spectral_gate",),
-                )
-            )[1]
+            fields = {"mlp": MLP, **{name: value for name, value in COMPLEX.items() if name != "mixers"}}
+            size: dict[str, Any] = {
+                "hidden_size": shape.hidden_size,
+                "layers": shape.layers,
+                "vocab_size": shape.vocab_size,
+            }
+            options = ModelOptions(**size, mixers=COMPLEX["mixers"], overrides=fields)
+            llama = build_alone("llama", options, shape.length)
+            head = llama.get_output_embeddings()  # its weight is the embedding's
             for module in llama.modules():
-                if isinstance(module, nn.Linear | nn.Embedding) and module is not llama.lm_head:  # its weight is tied
+                if isinstance(module, nn.Linear | nn.Embedding) and module is not head:
                     with torch.no_grad():
                         module.weight.mul_(shape.initializer_range / llama.config.initializer_range)
             return llama
@@ -101,7 +101,7 @@ class Contestant:
             num_heads=heads * expand,  # so that heads are of one size
             initializer_range=shape.initializer_range,
             num_modes=modes,
-            mlp="swiglu",
+            mlp=MLP,
             **self.fields,
         )
 
@@ -115,13 +115,15 @@ def state_bytes(model: PreTrainedModel, length: int) -> int:
     return 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * length * size
 
 
+MLP = "swiglu"  # of all of ours, as Llama's
 EQUAL = "trained through our operator, equal to transformers' in "
-SPECTRAL_GATE = {  # b and c a head
+SPECTRAL_GATE: dict[str, Any] = {  # b and c a head
     "mixers": ("spectral_gate",),
     "num_groups": None,
     "activate_values": True,
     "output_norm": "head",
 }
+COMPLEX = {**SPECTRAL_GATE, "rotation": "step"}  # the form whose size Llama has
 MAMBA2 = {
     **SPECTRAL_GATE,
     "rotation": "none",
@@ -142,7 +144,7 @@ CONTESTANTS: dict[str, Contestant] = {
     "mamba2_own_start": Contestant({**MAMBA2, "initial_step": (0.001, 0.1)}, "decays and steps begin as transformers'"),
     "gated_delta": Contestant(HOLOGRAPHIC, EQUAL + "tests/test_ops_delta_rule.py"),
     "resonance": Contestant({"mixers": ("resonance",), "filters": "channel"}, "constant filters"),
-    "spectral_gate": Contestant({**SPECTRAL_GATE, "rotation": "step"}),
+    "spectral_gate": Contestant(COMPLEX),
     "spectral_gate_token": Contestant({**SPECTRAL_GATE, "rotation": "token"}, "modes turn by tokens' angles too"),
     "spectral_gate_real": Contestant({**SPECTRAL_GATE, "rotation": "none"}, "real decays only"),
     "holographic": Contestant({"mixers": ("holographic",)}, "as it comes"),
