@@ -1,7 +1,7 @@
 """transformers' models that ours is measured beside, by name, each in its plain PyTorch form.
 
 All have our width, vocabulary and tied embeddings, and parameters within ``TOLERANCE`` of a given number. The published
-shape of each is kept but for one size, which is chosen to come nearest to that number; ``Peer.note`` says which.
+shape of each is kept but for one size, which is chosen to come nearest to that number; a note says which.
 """
 
 from __future__ import annotations
@@ -39,20 +39,22 @@ class Peer:
 
     Args:
         label: its name in tables.
-        make: (fields that all share, our configuration, the chosen size, the longest sequence) -> model.
+        make: (fields that all share, our configuration, layers, the chosen size, the longest sequence) -> model.
         sized_by: what the chosen size is, for people.
-        cache: the argument, and field of the output, by which it reads a prompt in chunks; None where it cannot.
+        layers: for one of ours, of which it may have fewer so that the size is not below ``least``.
+        least: of the chosen size, where it is published.
     """
 
     label: str
-    make: Callable[[Shape, ResonanceConfig, int, int], PreTrainedModel]
+    make: Callable[[Shape, ResonanceConfig, int, int, int], PreTrainedModel]
     sized_by: str
-    cache: str | None = None
+    layers: int = 1
+    least: int = STEP
 
 
-def _llama(shape: Shape, ours: ResonanceConfig, size: int, max_length: int) -> PreTrainedModel:
+def _llama(shape: Shape, ours: ResonanceConfig, layers: int, size: int, max_length: int) -> PreTrainedModel:
     fields: dict[str, Any] = {
-        "num_hidden_layers": ours.num_hidden_layers,
+        "num_hidden_layers": layers,
         "num_attention_heads": _heads(ours),
         "intermediate_size": size,
         "max_position_embeddings": max_length,
@@ -61,11 +63,11 @@ def _llama(shape: Shape, ours: ResonanceConfig, size: int, max_length: int) -> P
     return LlamaForCausalLM(LlamaConfig(**shape, **fields))
 
 
-def _mamba2(shape: Shape, ours: ResonanceConfig, size: int, max_length: int) -> PreTrainedModel:
+def _mamba2(shape: Shape, ours: ResonanceConfig, layers: int, size: int, max_length: int) -> PreTrainedModel:
     heads = _heads(ours)
     config = Mamba2Config(
         **shape,
-        num_hidden_layers=2 * ours.num_hidden_layers,  # it has no MLP
+        num_hidden_layers=layers,
         expand=2,  # the configuration takes whole numbers only, so that the inner width cannot be the chosen size
         num_heads=2 * heads,
         head_dim=ours.hidden_size // heads,
@@ -75,18 +77,18 @@ def _mamba2(shape: Shape, ours: ResonanceConfig, size: int, max_length: int) -> 
     return Mamba2ForCausalLM(config)
 
 
-def _mamba(shape: Shape, ours: ResonanceConfig, size: int, max_length: int) -> PreTrainedModel:
-    config = MambaConfig(**shape, num_hidden_layers=2 * ours.num_hidden_layers)  # it has no MLP
+def _mamba(shape: Shape, ours: ResonanceConfig, layers: int, size: int, max_length: int) -> PreTrainedModel:
+    config = MambaConfig(**shape, num_hidden_layers=layers)
     config.intermediate_size = size  # derived from a whole multiple of the width otherwise
     return MambaForCausalLM(config)
 
 
-def _rwkv(shape: Shape, ours: ResonanceConfig, size: int, max_length: int) -> PreTrainedModel:
-    if ours.num_hidden_layers < 2:
+def _rwkv(shape: Shape, ours: ResonanceConfig, layers: int, size: int, max_length: int) -> PreTrainedModel:
+    if layers < 2:
         raise ValueError("layers = 1: transformers' RWKV needs two or more")
     config = RwkvConfig(
         **shape,
-        num_hidden_layers=ours.num_hidden_layers,
+        num_hidden_layers=layers,
         intermediate_size=size,
         context_length=max_length,
         rescale_every=0,  # halves weights in evaluation, against overflow in fp16; no other effect
@@ -94,8 +96,8 @@ def _rwkv(shape: Shape, ours: ResonanceConfig, size: int, max_length: int) -> Pr
     return RwkvForCausalLM(config)
 
 
-def _gated_delta(shape: Shape, ours: ResonanceConfig, size: int, max_length: int) -> PreTrainedModel:
-    heads, layers = _heads(ours), ours.num_hidden_layers
+def _gated_delta(shape: Shape, ours: ResonanceConfig, layers: int, size: int, max_length: int) -> PreTrainedModel:
+    heads = _heads(ours)
     head_size = ours.hidden_size // heads
     config = Qwen3NextConfig(
         **shape,
@@ -116,11 +118,11 @@ def _gated_delta(shape: Shape, ours: ResonanceConfig, size: int, max_length: int
 
 
 PEERS: dict[str, Peer] = {
-    "llama": Peer("Llama (SDPA)", _llama, "as many layers, intermediate size {}", "past_key_values"),
-    "mamba2": Peer("Mamba-2", _mamba2, "two layers for one of ours, a group, state size {}", "cache_params"),
-    "mamba": Peer("Mamba", _mamba, "two layers for one of ours, inner width {}"),
-    "rwkv": Peer("RWKV-4", _rwkv, "as many layers, intermediate size {}", "state"),
-    "gated_delta": Peer("Qwen3-Next (gated delta)", _gated_delta, "as many layers, all linear, intermediate size {}"),
+    "llama": Peer("Llama (SDPA)", _llama, "intermediate size {}"),
+    "mamba2": Peer("Mamba-2", _mamba2, "without MLP, a group, state size {}", layers=2, least=64),  # published: 128
+    "mamba": Peer("Mamba", _mamba, "without MLP, inner width {}", layers=2),
+    "rwkv": Peer("RWKV-4", _rwkv, "intermediate size {}"),
+    "gated_delta": Peer("Qwen3-Next (gated delta)", _gated_delta, "all linear, intermediate size {}"),
 }
 PEER = PEERS["llama"].label
 
@@ -139,17 +141,21 @@ def build_peer(
     check_peers((name,))
     peer = PEERS[name]
     shape = {"vocab_size": ours.vocab_size, "hidden_size": ours.hidden_size, "tie_word_embeddings": True}
-    with torch.device("meta"):
-        smallest, next_one = (count(peer.make(shape, ours, size, max_length)) for size in (STEP, 2 * STEP))
-    size = STEP + STEP * max(0, round((parameters - smallest) / (next_one - smallest)))
+    layers = size = 0
+    for layers in range(peer.layers * ours.num_hidden_layers, 0, -1):
+        with torch.device("meta"):
+            smallest, next_one = (count(peer.make(shape, ours, layers, n * STEP, max_length)) for n in (1, 2))
+        size = STEP + STEP * max(0, round((parameters - smallest) / (next_one - smallest)))
+        if size >= peer.least:
+            break
     with torch.device(device):
-        model = peer.make(shape, ours, size, max_length)
+        model = peer.make(shape, ours, layers, size, max_length)
     if abs(count(model) / parameters - 1) > TOLERANCE:
         raise ValueError(
             f"hidden_size = {ours.hidden_size}: no {peer.label} within {TOLERANCE:.0%} of our {parameters:,} "
             f"parameters (the nearest has {count(model):,}); use a larger width"
         )
-    return model, peer.sized_by.format(f"{size:,}")
+    return model, f"{layers} layers, {peer.sized_by.format(f'{size:,}')}"
 
 
 def check_peers(names: Sequence[str]) -> None:
