@@ -11,8 +11,9 @@ import torch
 
 from resonance_nn.allocator import is_freed_memory_kept, keep_freed_memory
 from resonance_nn.bench import common, speed, timing
-from resonance_nn.bench.models import count
-from resonance_nn.bench.speed import SpeedOptions, build, run
+from resonance_nn.bench.models import ModelOptions, build_beside, build_ours, count
+from resonance_nn.bench.peers import PEER
+from resonance_nn.bench.speed import SpeedOptions, run
 from resonance_nn.cli import main
 from resonance_nn.mixers import MIXERS
 
@@ -22,8 +23,8 @@ SMALL = SpeedOptions(lengths=(32, 64), hidden_size=64, layers=2, vocab_size=300,
 @pytest.mark.parametrize("mixers", [("spectral_gate",), ("resonance",), ("attention",)])
 @pytest.mark.parametrize("width", [64, 512])
 def test_both_models_are_of_one_size(mixers, width):
-    options = SpeedOptions(hidden_size=width, layers=2, vocab_size=1000, mixers=mixers, device="meta")
-    ours, peer = build(options)
+    ours = build_ours(ModelOptions(hidden_size=width, layers=2, vocab_size=1000, mixers=mixers, device="meta"))
+    peer = build_beside(ours, ("llama",), 8192)[0][PEER]
     assert abs(count(peer) / count(ours) - 1) < 0.02
     assert peer.config._attn_implementation == "sdpa"
     for model in (ours, peer):
@@ -227,7 +228,7 @@ def test_options_of_the_command_reach_the_measurement(monkeypatch, capsys):
         "mamba,rwkv",
         "--full",
     ]
-    more = ["--allocator", "default", "--max-seconds", "7", "--no-floor", "--compile", "--forward-only"]
+    more = ["--allocator", "default", "--max-seconds", "7", "--seed", "3", "--no-floor", "--compile", "--forward-only"]
     assert main(["bench", "speed", *arguments, *more, "--mixers", "spectral_gate, attention", "--device", "cpu"]) == 2
     assert given == [
         SpeedOptions(
@@ -239,6 +240,7 @@ def test_options_of_the_command_reach_the_measurement(monkeypatch, capsys):
             mixers=("spectral_gate", "attention"),
             allocator="default",
             max_seconds=7,
+            seed=3,
             floor=False,
             compile=True,
             forward_only=True,
@@ -279,8 +281,10 @@ def test_wrong_arguments(arguments, capsys):
 
 
 def test_mixers_suite_covers_every_causal_mixer(tmp_path):
+    files = ["--json", str(tmp_path / "m.json"), "--plot", str(tmp_path / "m.png")]
     arguments = ["bench", "mixers", "--length", "32", "--hidden-size", "128", "--layers", "1", "--repeats", "1"]
-    assert main([*arguments, "--tokens-per-batch", "32", "--device", "cpu", "--json", str(tmp_path / "m.json")]) == 0
+    assert main([*arguments, "--tokens-per-batch", "32", "--device", "cpu", *files]) == 0
+    assert (tmp_path / "m.png").read_bytes().startswith(b"\x89PNG")
     rows = json.loads((tmp_path / "m.json").read_text())["rows"]
     assert {row["case"] for row in rows} >= {name for name, mixer in MIXERS.items() if mixer.causal}
     base = next(row for row in rows if row["case"] == "spectral_gate")

@@ -1,71 +1,18 @@
-"""The context suite and its measure of memory: a known number of bytes is seen, in this process and in its own."""
+"""The context suite: memory that a longer context must not take, and every case in a process of its own."""
 
 from __future__ import annotations
 
 import json
-import math
-import multiprocessing
-import os
 from dataclasses import replace
 
 import pytest
-import torch
 
-from resonance_nn.allocator import keep_freed_memory
 from resonance_nn.bench import context
 from resonance_nn.bench.context import ContextOptions, measure, run
-from resonance_nn.bench.peak import _child, in_own_process, peak_memory
 from resonance_nn.cli import main
 
 MB = 1 << 20
-SMALL = ContextOptions(hidden_size=64, layers=3, vocab_size=300, chunk=128, lengths=(256,))
-
-
-def allocate(megabytes: int) -> float:
-    """Holds that much at once, twice, and half as much as its result's origin."""
-    for _ in range(2):
-        torch.ones(megabytes * MB // 4).sum()
-    return torch.ones(megabytes * MB // 8).sum().item()
-
-
-def allocate_and_tell(megabytes: int, progress) -> tuple[int, float, int]:
-    progress(1, 2)
-    keep_freed_memory()
-    allocate(4 * megabytes)  # an earlier, larger peak, whose pages the allocator keeps
-    peak, result = peak_memory(lambda: allocate(megabytes))
-    progress(2, 2)
-    return peak, result, torch.get_num_threads()
-
-
-def test_peak_of_a_known_number_of_bytes():
-    allocate(200)
-    for megabytes in (64, 96):
-        peak, result = peak_memory(lambda megabytes=megabytes: allocate(megabytes))
-        assert abs(peak - megabytes * MB) < 8 * MB
-        assert result == megabytes * MB // 8
-
-
-def test_what_is_held_before_does_not_count():
-    held = torch.ones(64 * MB // 4)
-    peak, _ = peak_memory(lambda: held.sum().item())
-    assert peak < 8 * MB
-
-
-def test_own_process_gives_result_progress_and_threads():
-    told = []
-    peak, result, threads = in_own_process(allocate_and_tell, 64, progress=lambda *a: told.append(a))
-    assert abs(peak - 64 * MB) < 8 * MB
-    assert result == 64 * MB // 8
-    assert told == [(1, 2), (2, 2)]
-    assert threads == torch.get_num_threads()
-
-
-def test_own_process_fails_as_the_function_does():
-    ours, theirs = multiprocessing.Pipe(duplex=False)
-    _child(theirs, (torch.get_num_threads(), False), math.sqrt, (-1.0,), False)
-    assert ours.recv()[0] == "ValueError"
-    with pytest.raises(ChildProcessError, match="ended with code 3"):
-        in_own_process(os._exit, 3)
+SMALL = ContextOptions(hidden_size=64, layers=3, vocab_size=300, chunk=128, prefill=(256,), train=())
 
 
 def test_prefill_takes_no_more_memory_and_state_for_a_longer_context():
@@ -99,7 +46,7 @@ def test_run_covers_every_task_and_length(monkeypatch):
         return {"seconds": 2.0, "peak_bytes": 1, "weight_bytes": 1, "parameters": 1, "state_bytes": None}
 
     monkeypatch.setattr(context, "in_own_process", in_own_process)
-    payload = run(replace(SMALL, lengths=None), lambda *a: steps.append(a))
+    payload = run(ContextOptions(), lambda *a: steps.append(a))
     assert calls == [("prefill", 262_144), ("prefill", 1_048_576), ("train", 262_144)]
     assert steps[0] == (131_072, 1_572_864)
     assert steps[-1] == (1_572_864, 1_572_864)
@@ -108,8 +55,8 @@ def test_run_covers_every_task_and_length(monkeypatch):
 
 
 def test_command_writes_table_json_and_plot(tmp_path, capsys):
-    arguments = ["--task", "prefill", "--lengths", "256", "--size", "tiny", "--hidden-size", "64", "--layers"]
-    arguments += ["1", "--vocab-size", "300", "--mixers", "spectral_gate", "--chunk", "64", "--seed", "1"]
+    arguments = ["--prefill", "256", "--train", "none", "--hidden-size", "64", "--layers", "1", "--set"]
+    arguments += ["chunk_size=16", "--vocab-size", "300", "--mixers", "spectral_gate", "--chunk", "64", "--seed", "1"]
     arguments += ["--no-gradient-checkpointing", "--dtype", "bf16", "--device", "cpu"]
     files = ["--json", str(tmp_path / "context.json"), "--plot", str(tmp_path / "context.png")]
     assert main(["bench", "context", *arguments, *files]) == 0
@@ -127,11 +74,12 @@ def test_command_writes_table_json_and_plot(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["--task", "bogus"],
-        ["--task", ""],
-        ["--lengths", "x"],
-        ["--lengths", "1"],
+        ["--prefill", "none", "--train", "none"],
+        ["--prefill", ""],
+        ["--prefill", "x"],
+        ["--train", "1"],
         ["--size", "bogus"],
+        ["--size", "tiny", "--hidden-size", "64"],
         ["--hidden-size", "7"],
         ["--layers", "0"],
         ["--chunk", "0"],

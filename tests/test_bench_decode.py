@@ -12,9 +12,11 @@ from transformers import DynamicCache, StaticCache
 
 from resonance_nn import ResonanceConfig, ResonanceForCausalLM
 from resonance_nn.bench import decode
-from resonance_nn.bench.decode import DecodeOptions, check_decoding, filled_caches, kv_bytes, run
+from resonance_nn.bench.caches import check_decoding, filled_caches, kv_bytes
+from resonance_nn.bench.decode import DecodeOptions, run
 from resonance_nn.bench.inference import converted, weight_bytes
-from resonance_nn.bench.speed import SpeedOptions, build
+from resonance_nn.bench.models import ModelOptions, build_beside, build_ours
+from resonance_nn.bench.peers import PEER
 from resonance_nn.cache import ResonanceCache
 from resonance_nn.cli import main
 
@@ -26,7 +28,8 @@ SMALL = DecodeOptions(
 @pytest.fixture(scope="module")
 def models():
     torch.manual_seed(0)
-    return build(SpeedOptions(lengths=(128,), hidden_size=64, layers=2, vocab_size=300))
+    ours = build_ours(ModelOptions(hidden_size=64, layers=2, vocab_size=300))
+    return ours, build_beside(ours, ("llama",), 128)[0][PEER]
 
 
 def test_conversion_is_what_a_user_loads(models, tmp_path):
@@ -152,6 +155,7 @@ def test_command_writes_table_json_and_plot(tmp_path, capsys):
     arguments = ["--contexts", "16,32", "--batch-sizes", "1,2", "--hidden-size", "64", "--layers", "1", "--seed", "1"]
     arguments += ["--vocab-size", "300", "--mixers", "spectral_gate", "--tokens", "2", "--repeats", "1", "--generate"]
     arguments += ["--peer-max-context", "20", "--read-tokens", "24", "--dtype", "fp32", "--device", "cpu"]
+    arguments += ["--set", "chunk_size=16"]
     files = ["--json", str(tmp_path / "decode.json"), "--plot", str(tmp_path / "decode.png")]
     assert main(["bench", "decode", *arguments, *files]) == 0
     out, err = capsys.readouterr()
@@ -161,8 +165,15 @@ def test_command_writes_table_json_and_plot(tmp_path, capsys):
     payload = json.loads((tmp_path / "decode.json").read_text())
     assert payload["suite"] == "decode"
     assert payload["options"]["seed"] == 1
+    assert payload["options"]["overrides"] == {"chunk_size": 16}
     assert [row["metric"] for row in payload["rows"]] == ["ms a token", "ms a token, generate()"] * 4
     assert (tmp_path / "decode.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_contexts_and_batches_ascend_and_come_once():
+    for wrong in ({"contexts": (16, 16)}, {"batch_sizes": (1, 1)}, {"contexts": ()}):
+        with pytest.raises(ValueError, match="ascending"):
+            replace(SMALL, **wrong).check()
 
 
 def test_full_reads_to_a_million(monkeypatch, capsys):
@@ -180,7 +191,10 @@ def test_full_reads_to_a_million(monkeypatch, capsys):
         ["--contexts", "64,16"],
         ["--contexts", "0"],
         ["--batch-sizes", ""],
-        ["--batch-sizes", "1,1"],
+        ["--batch-sizes", "4,1"],
+        ["--full", "--contexts", "16"],
+        ["--set", "no_such_field=1"],
+        ["--size", "tiny", "--layers", "2"],
         ["--tokens", "0"],
         ["--read-tokens", "0"],
         ["--repeats", "0"],

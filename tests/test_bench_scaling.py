@@ -113,6 +113,7 @@ def test_one_call_reads_as_many_tokens_as_chunks(monkeypatch):
 def test_command_writes_table_json_and_plot(tmp_path, capsys):
     arguments = ["--lengths", "16,32,64", "--hidden-size", "64", "--layers", "1", "--vocab-size", "300", "--seed", "1"]
     arguments += ["--mixers", "spectral_gate", "--chunk", "32", "--whole", "--peer-max-length", "32", "--repeats", "1"]
+    arguments += ["--set", "chunk_size=16"]
     files = ["--json", str(tmp_path / "scaling.json"), "--plot", str(tmp_path / "scaling.png")]
     assert main(["bench", "scaling", *arguments, "--dtype", "fp32", "--device", "cpu", *files]) == 0
     out, err = capsys.readouterr()
@@ -137,7 +138,9 @@ def test_full_goes_to_a_million(monkeypatch):
         ["--lengths", "x"],
         ["--lengths", "16"],
         ["--lengths", "64,16"],
+        ["--full", "--lengths", "16,32"],
         ["--chunk", "0"],
+        ["--set", "chunk_size"],
         ["--repeats", "0"],
         ["--peer-max-length", "-1"],
         ["--mixers", "bogus"],

@@ -27,7 +27,7 @@ COMMON_LEARNING = (
     "--shortest-context --cooldown --weight-decay --tokens-per-batch --eval-every --target --dtype --threads --device "
     "--output-dir --resume --overwrite --json --plot"
 )
-COMMON_MODELS = "--size --hidden-size --layers --vocab-size --mixers --set --peers --dtype --device --json --plot"
+COMMON_MODELS = "--size --hidden-size --layers --vocab-size --mixers --set --dtype --seed --device --json --plot"
 COMMON_TIMING = "--repeats --floor --no-floor --compile --allocator --max-seconds"
 FLAGS = {
     "": "--version",
@@ -45,13 +45,19 @@ FLAGS = {
     "bench ablation": "--ablations --data --tokens --seeds --hidden-size --layers --vocab-size --seq-len --lr "
     "--threads --device --output-dir --resume --overwrite --json",
     "bench capacity": "--dims --pairs --trials --seed --full --json --plot",
-    "bench mixers": "--length --hidden-size --layers --repeats --tokens-per-batch --dtype --device --json",
+    "bench context": f"--prefill --train --chunk --no-gradient-checkpointing {COMMON_MODELS}",
+    "bench decode": "--contexts --full --batch-sizes --tokens --peer-max-context --read-tokens --generate --repeats "
+    f"{COMMON_MODELS}",
+    "bench mixers": "--length --hidden-size --layers --repeats --tokens-per-batch --dtype --device --json --plot",
+    "bench ops": "--ops --tokens --length --hidden-size --heads --vocab-size --repeats --dtype --seed --device --json "
+    "--plot",
+    "bench scaling": f"--lengths --full --chunk --whole --peer-max-length --repeats {COMMON_MODELS}",
     "bench recall": f"--full --vocab-size --lengths --pairs --watch --fillers {COMMON_LEARNING}",
     "bench spectrum": "--data --tokens --window --device --json --plot",
     "bench tracking": f"--tasks --train-lengths --lengths --vocab-size --pairs --watch --fillers {COMMON_LEARNING}",
-    "bench speed": f"--lengths --full --tokens-per-batch --forward-only {COMMON_MODELS} {COMMON_TIMING}",
-    "bench throughput": f"--batches --length {COMMON_MODELS} {COMMON_TIMING}",
-    "bench memory": f"--lengths --tokens-per-batch --task --gradient-checkpointing {COMMON_MODELS}",
+    "bench speed": f"--lengths --full --tokens-per-batch --forward-only --peers {COMMON_MODELS} {COMMON_TIMING}",
+    "bench throughput": f"--batches --length --peers {COMMON_MODELS} {COMMON_TIMING}",
+    "bench memory": f"--lengths --tokens-per-batch --gradient-checkpointing --peers {COMMON_MODELS}",
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from resonance_nn.bench.common import Row, result
+from resonance_nn.bench.common import Progress, Row, no_progress, result
 from resonance_nn.capacity import delta_error, optical_capacity
 from resonance_nn.files import atomic_path
 from resonance_nn.memory import SOLVES, HolographicMemory, Solve
@@ -54,7 +54,7 @@ class CapacityOptions:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be ≥ {least}")
 
 
-def run(options: CapacityOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+def run(options: CapacityOptions, progress: Progress = no_progress) -> dict[str, Any]:
     """Measure everything and return what is written as JSON. ``progress`` is told the parts done and their total."""
     options.check()
     generator = torch.Generator().manual_seed(options.seed)

@@ -10,10 +10,9 @@ does not; the faster one counts.
 from __future__ import annotations
 
 import copy
-import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +20,69 @@ import torch
 from transformers import Cache, DynamicCache, LlamaForCausalLM, PreTrainedModel, StaticCache
 
 from resonance_nn.allocator import keep_freed_memory
-from resonance_nn.bench.common import Row, interleaved, result
-from resonance_nn.bench.inference import available_memory, converted, dtype_name, synchronize, weight_bytes
-from resonance_nn.bench.speed import PEER, SpeedOptions, build, check_causal, count
+from resonance_nn.bench.caches import check_decoding, filled_caches, kv_bytes
+from resonance_nn.bench.common import (
+    Progress,
+    Row,
+    figure,
+    interleaved,
+    log_axes,
+    no_progress,
+    ratios,
+    result,
+    time_row,
+)
+from resonance_nn.bench.inference import available_memory, converted, synchronize, weight_bytes
+from resonance_nn.bench.models import ModelOptions, build_beside, build_ours, check_causal, count
+from resonance_nn.bench.peers import PEER
 from resonance_nn.cache import ResonanceCache
-from resonance_nn.files import atomic_path
 from resonance_nn.generation import PREFILL_CHUNK, prefill
 from resonance_nn.models import ResonanceForCausalLM
 
 FULL_CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
+METRIC = "ms a token"
 PEER_TOKENS = 4  # decoded in a timed call, at least, however slow
 PEER_WORK = 1 << 17  # keys a timed call of the peer's may look at, rows times context, before it decodes fewer tokens
 
 
-@dataclass(frozen=True)
-class DecodeOptions:
-    """What to measure. ``read_tokens`` bounds how much of a context is really read; None is all of it."""
+@dataclass(frozen=True, kw_only=True)
+class DecodeOptions(ModelOptions):
+    """What to measure.
+
+    Args:
+        contexts: tokens already read, ascending.
+        batch_sizes: sequences decoded at once, ascending.
+        tokens: decoded in a timed call; the peer, at long contexts, decodes fewer.
+        repeats: timed rounds, after one to warm up.
+        peer_max_context: the longest context of the peer; 0 leaves it out.
+        read_tokens: how much of a context is really read by ours, at most; None means all of it.
+        generate: time ``generate()`` end to end too.
+    """
 
     contexts: Sequence[int] = (1024, 4096, 16_384)
     batch_sizes: Sequence[int] = (1, 16)
-    hidden_size: int = 512
-    layers: int = 4
-    vocab_size: int = 8192
-    mixers: tuple[str, ...] | None = None
     tokens: int = 32
     repeats: int = 5
     peer_max_context: int = 65_536
     read_tokens: int | None = None
     generate: bool = False
-    dtype: torch.dtype = torch.bfloat16
-    device: str = "cpu"
-    seed: int = 0
 
     def check(self) -> None:
-        """Raise ValueError naming the option, its value and what is allowed."""
         for name in ("contexts", "batch_sizes"):
             values = list(getattr(self, name))
             if not values or min(values) < 1 or sorted(set(values)) != values:
                 raise ValueError(f"{name} = {values}: must be one or more numbers ≥ 1, ascending")
-        for name in ("hidden_size", "layers", "vocab_size", "tokens", "repeats", "read_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} = {value}: must be ≥ 1")
+        self.at_least(1, "tokens", "repeats", "read_tokens")
         if self.peer_max_context < 0:
             raise ValueError(f"peer_max_context = {self.peer_max_context}: must be ≥ 0; 0 leaves the peer out")
+        super().check()
 
     def read(self, context: int) -> int:
         """Tokens of a context that are really read."""
         return context if self.read_tokens is None else min(context, self.read_tokens)
 
 
-def run(options: DecodeOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+def run(options: DecodeOptions, progress: Progress = no_progress) -> dict[str, Any]:
     """Check that both models decode what they compute in one pass, then time them in turns at each context.
 
     ``progress`` is told chunks read and calls timed, and the total of both (the most there can be).
@@ -106,50 +117,15 @@ def run(options: DecodeOptions, progress: Callable[[int, int], None] = lambda do
         for B in options.batch_sizes:
             rows += _rows(context, B, seconds, measured, options)
     progress(total, total)
-    described = {f.name: getattr(options, f.name) for f in fields(options)}
-    described |= {"dtype": dtype_name(options.dtype), "contexts": list(options.contexts)}
-    described |= {"batch_sizes": list(options.batch_sizes), "mixers": list(ours.config.mixers)}
-    more = {"options": described, "parameters": sizes, "weight_bytes": weight_bytes(ours), "keeps_freed_memory": kept}
-    return result("decode", rows, options.device, **more)
-
-
-@torch.no_grad()
-def check_decoding(model: PreTrainedModel, caches: Mapping[str, Callable[[], Cache]], length: int = 64) -> None:
-    """Token by token after ``length`` tokens, with each cache, a model must give the logits of one pass. Raises
-    RuntimeError otherwise."""
-    model.eval()
-    ids = torch.randint(model.config.vocab_size, (2, length + 4), device=model.device)
-    expected = model(ids).logits[:, length:]
-    for name, make in caches.items():
-        cache = make()
-        model(ids[:, :length], past_key_values=cache, use_cache=True)
-        tokens = ids[:, length:].split(1, dim=1)
-        logits = torch.cat([model(t, past_key_values=cache, use_cache=True).logits for t in tokens], dim=1)
-        if not (logits - expected).abs().max() <= 1e-3 * expected.abs().max():
-            raise RuntimeError(f"decoding with {name} gives other logits than one pass: nothing is measured")
-
-
-def kv_bytes(model: LlamaForCausalLM, context: int, batch_size: int) -> int:
-    """Of the keys and values of all layers, in the model's dtype."""
-    return 2 * model.config.num_hidden_layers * math.prod(_kv_shape(model, context, batch_size)) * model.dtype.itemsize
-
-
-def filled_caches(
-    model: LlamaForCausalLM, context: int, batch_size: int, room: int
-) -> tuple[DynamicCache, StaticCache]:
-    """Both caches with random keys and values of ``context`` tokens; the static one has room for ``room`` more."""
-    noise = torch.randn(_kv_shape(model, context, batch_size), dtype=model.dtype, device=model.device)
-    dynamic = DynamicCache(config=model.config)
-    static = StaticCache(config=model.config, max_cache_len=context + room)
-    for i in range(model.config.num_hidden_layers):
-        dynamic.update(noise, noise, i)
-        static.update(noise, noise, i)
-    return dynamic, static
-
-
-def _kv_shape(model: LlamaForCausalLM, context: int, batch_size: int) -> tuple[int, int, int, int]:
-    config: Any = model.config
-    return batch_size, config.num_key_value_heads, context, config.head_dim
+    return result(
+        "decode",
+        rows,
+        options.device,
+        options=options.described(),
+        parameters=sizes,
+        weight_bytes=weight_bytes(ours),
+        keeps_freed_memory=kept,
+    )
 
 
 @dataclass
@@ -164,15 +140,8 @@ class _Measured:
 
 
 def _models(options: DecodeOptions) -> tuple[ResonanceForCausalLM, LlamaForCausalLM]:
-    speed = SpeedOptions(
-        lengths=(options.contexts[-1] + 2 * options.tokens,),
-        hidden_size=options.hidden_size,
-        layers=options.layers,
-        vocab_size=options.vocab_size,
-        mixers=options.mixers,
-        device=options.device,
-    )
-    ours, peer = build(speed)
+    ours = build_ours(options)
+    peer: Any = build_beside(ours, ("llama",), options.contexts[-1] + 2 * options.tokens)[0][PEER]
     check_causal(ours, options.vocab_size)
     check_decoding(ours, {"ResonanceCache": lambda: ResonanceCache(options.layers)})
     check_decoding(
@@ -328,55 +297,27 @@ def _rows(
         "seconds": {"ours": list(ours), **{name: list(values) for name, values in peers.items()}},
     }
     peer_name = f"{PEER}, {best}" if best else PEER
-    rows = [_row(f"context={context} B={B}", "ms a token", ours, peers.get(best or ""), peer_name, **more)]
+    rows = [time_row(f"context={context} B={B}", METRIC, ours, peers.get(best or ""), peer_name, **more)]
     if options.generate:
         pair = seconds[f"ours generate {B}"], seconds.get(f"peer generate {B}")
         more = {"context": context, "batch_size": B}
-        rows.append(_row(f"context={context} B={B}", "ms a token, generate()", *pair, f"{PEER}, DynamicCache", **more))
+        rows.append(
+            time_row(f"context={context} B={B}", f"{METRIC}, generate()", *pair, f"{PEER}, DynamicCache", **more)
+        )
     return rows
 
 
-def _row(
-    case: str, metric: str, ours: Sequence[float], peer: Sequence[float] | None, peer_name: str, **more: Any
-) -> Row:
-    """Milliseconds, and the median of the rounds' ratios peer/ours (> 1: we are faster); None without a peer."""
-    ratios = sorted(p / o for o, p in zip(ours, peer, strict=True)) if peer is not None else []
-    return {
-        "case": case,
-        "metric": metric,
-        "ours": 1e3 * statistics.median(ours),
-        "peer": 1e3 * statistics.median(peer) if peer is not None else None,
-        "peer_name": peer_name,
-        "ratio": statistics.median(ratios) if ratios else None,
-        "ratio_min": ratios[0] if ratios else None,
-        "ratio_max": ratios[-1] if ratios else None,
-        "repeats": len(ours),
-        **more,
-    }
-
-
 def _ratio(a: Sequence[float], b: Sequence[float]) -> float:
-    return statistics.median(x / y for x, y in zip(a, b, strict=True))
+    return statistics.median(ratios(a, b))
 
 
 def plot(payload: Mapping[str, Any], path: str | Path) -> None:
     """Milliseconds a token over the context, a line a model and batch size, both axes logarithmic."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    axes = figure.subplots()
-    rows = [row for row in payload["rows"] if row["metric"] == "ms a token"]
-    for i, B in enumerate(payload["options"]["batch_sizes"]):
-        for key, label, style in (("ours", "resonance_nn", "-o"), ("peer", PEER, "--s")):
-            points = [(row["context"], row[key]) for row in rows if row["batch_size"] == B and row[key] is not None]
-            if points:
-                axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=f"{label}, batch {B}")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("context, tokens")
-    axes.set_ylabel("ms a token of every row")
-    axes.set_title(payload["machine"]["cpu"], fontsize="small")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    rows = [row for row in payload["rows"] if row["metric"] == METRIC]
+    with figure(path, payload, size=(7, 4.2)) as (axes,):
+        for i, B in enumerate(payload["options"]["batch_sizes"]):
+            for key, label, style in (("ours", "resonance_nn", "-o"), ("peer", PEER, "--s")):
+                points = [(row["context"], row[key]) for row in rows if row["batch_size"] == B and row[key] is not None]
+                if points:
+                    axes.plot(*zip(*points, strict=True), style, color=f"C{i}", label=f"{label}, batch {B}")
+        log_axes(axes, "context, tokens", "ms a token of every row")

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from resonance_nn.bench.inference import synchronize
+
 aten = torch.ops.aten
 # What every matmul, linear map and einsum comes to. Fused kernels (attention, convolutions) hide theirs.
 MATMULS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm, aten.addmm_, aten.baddbmm_}
@@ -71,13 +73,11 @@ def replay(matmuls: Sequence[Matmul], device: str | torch.device = "cpu") -> Cal
             for key in (("left", matmul.left), ("right", matmul.right))
         )
         calls.append((torch.mm if left.dim() == 2 else torch.bmm, left, right))
-    synchronizes = torch.device(device).type == "cuda"
 
     @torch.no_grad()
     def run() -> None:
         for multiply, left, right in calls:
             multiply(left, right)
-        if synchronizes:
-            torch.cuda.synchronize()
+        synchronize(str(device))
 
     return run

@@ -7,15 +7,17 @@ import copy
 import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from resonance_nn.allocator import keep_freed_memory
-from resonance_nn.bench.common import Row, interleaved, rate_row, result
+from resonance_nn.bench.common import Progress, Row, figure, interleaved, no_progress, rate_row, ratios, result
 from resonance_nn.bench.contestants import state_bytes
-from resonance_nn.bench.models import ModelOptions, check_causal, count, training_step
+from resonance_nn.bench.inference import dtype_name
+from resonance_nn.bench.models import ModelOptions, autocast, check_causal, count, training_step
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.mixers import MIXERS
 from resonance_nn.models import ResonanceForCausalLM
@@ -54,7 +56,7 @@ class MixerSpeedOptions:
             raise ValueError(f"length = {self.length}: must be ≥ 2")
 
 
-def run(options: MixerSpeedOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+def run(options: MixerSpeedOptions, progress: Progress = no_progress) -> dict[str, Any]:
     """Time a training step and a decoding step of each, in turns. ``progress`` is told the rounds done and all."""
     options.check()
     kept = options.device == "cpu" and keep_freed_memory()
@@ -72,19 +74,19 @@ def run(options: MixerSpeedOptions, progress: Callable[[int, int], None] = lambd
     ids = torch.randint(options.vocab_size, (batch, options.length), device=options.device)
     steps = ModelOptions(dtype=options.dtype, device=options.device)
     trained = interleaved({n: training_step(m, ids, steps) for n, m in models.items()}, options.repeats, advance)
-    decoded = interleaved({n: _decoding(m, ids, options) for n, m in models.items()}, options.repeats, advance)
+    decoded = interleaved({n: _decoding(m, ids, options, steps) for n, m in models.items()}, options.repeats, advance)
     rows: list[Row] = []
     for name, model in models.items():
         more = {
             "parameters": count(model),
             "state_bytes": state_bytes(model, options.length),
             "decode_ms": 1e3 * statistics.median(decoded[name]) / options.decode_tokens,
-            "decode_ratio": statistics.median(a / b for a, b in zip(decoded[name], decoded[BASE], strict=True)),
+            "decode_ratio": statistics.median(ratios(decoded[name], decoded[BASE])),
         }
         tokens = batch * options.length
         rows.append(rate_row(name, "training tokens/s", tokens, trained[name], trained[BASE], BASE, **more))
     described = {"length": options.length, "batch": batch, "hidden_size": options.hidden_size, "layers": options.layers}
-    described |= {"vocab_size": options.vocab_size, "dtype": str(options.dtype).removeprefix("torch.")}
+    described |= {"vocab_size": options.vocab_size, "dtype": dtype_name(options.dtype)}
     return result("mixers", rows, options.device, options=described, keeps_freed_memory=kept)
 
 
@@ -104,18 +106,29 @@ def _model(options: MixerSpeedOptions, fields: Mapping[str, Any]) -> ResonanceFo
         return ResonanceForCausalLM(config).train()
 
 
-def _decoding(model: ResonanceForCausalLM, ids: Tensor, options: MixerSpeedOptions) -> Callable[[], None]:
+def _decoding(
+    model: ResonanceForCausalLM, ids: Tensor, options: MixerSpeedOptions, steps: ModelOptions
+) -> Callable[[], None]:
     """One sequence, token by token, after a prompt of ``length`` tokens."""
-    autocast = torch.autocast(torch.device(options.device).type, options.dtype, enabled=options.dtype != torch.float32)
-    with torch.no_grad(), autocast:
+    with torch.no_grad(), autocast(steps):
         prompt = model.eval()(ids[:1], use_cache=True, logits_to_keep=1).past_key_values
 
     @torch.no_grad()
     def step() -> None:
         model.eval()
         cache = copy.deepcopy(prompt)
-        with autocast:
+        with autocast(steps):
             for token in ids[:1, : options.decode_tokens].split(1, dim=1):
                 model(token, past_key_values=cache, use_cache=True)
 
     return step
+
+
+def plot(payload: Mapping[str, Any], path: str | Path) -> None:
+    """Training tokens/s and milliseconds a decoded token, a bar a mixer."""
+    rows = payload["rows"][::-1]
+    with figure(path, payload, panels=2, size=(6, 1 + 0.28 * len(rows))) as panels:
+        shown = {"ours": "training tokens/s", "decode_ms": "decoding, ms a token"}
+        for axes, (key, label) in zip(panels, shown.items(), strict=True):
+            axes.barh([row["case"] for row in rows], [row[key] for row in rows])
+            axes.set_xlabel(label)

@@ -1,17 +1,16 @@
-"""What the suites of speed and memory measure: our model, its peers, and one step of either."""
+"""What the suites measure: our model, its peers, and one step of either."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
+from resonance_nn.bench.inference import dtype_name, synchronize
 from resonance_nn.bench.peers import PEERS, build_peer, check_peers, count
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.models import ResonanceForCausalLM
@@ -24,14 +23,14 @@ NOT_OVERRIDDEN = {  # options of their own, or what all models share
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions:
-    """Our model, and those beside it.
+    """Our model.
 
     Args:
-        hidden_size, layers, vocab_size: of ours; the peers have the same width and vocabulary, and as many parameters.
+        hidden_size, layers, vocab_size: of ours; peers have the same width and vocabulary, and as many parameters.
         mixers: of ours; None means the configuration's default.
         overrides: further fields of our configuration.
-        peers: names from ``peers.PEERS``.
-        dtype: of the matmuls, by autocast; weights are float32.
+        dtype: with gradients, of the matmuls, by autocast, and weights are float32; decoding and reading, of the
+            weights.
         device: cpu, cuda, ...
         seed: of weights and tokens.
     """
@@ -41,7 +40,6 @@ class ModelOptions:
     vocab_size: int = 8192
     mixers: tuple[str, ...] | None = None
     overrides: Mapping[str, Any] = field(default_factory=dict)
-    peers: tuple[str, ...] = ("llama",)
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
     seed: int = 0
@@ -49,14 +47,14 @@ class ModelOptions:
     def check(self) -> None:
         """Raise ValueError naming the option, its value and what is allowed."""
         self.at_least(1, "hidden_size", "layers", "vocab_size")
-        check_peers(self.peers)
         self.config()
 
     def at_least(self, minimum: int, *names: str) -> None:
         """Raise ValueError if one of these options is smaller."""
         for name in names:
-            if getattr(self, name) < minimum:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be ≥ {minimum}")
+            value = getattr(self, name)
+            if value is not None and value < minimum:
+                raise ValueError(f"{name} = {value}: must be ≥ {minimum}")
 
     def config(self) -> ResonanceConfig:
         """Our configuration."""
@@ -75,9 +73,20 @@ class ModelOptions:
     def described(self) -> dict[str, Any]:
         """The options as JSON, the mixers by name."""
         plain = {f.name: getattr(self, f.name) for f in fields(self)}
-        plain |= {"dtype": str(self.dtype).removeprefix("torch."), "overrides": dict(self.overrides)}
+        plain |= {"dtype": dtype_name(self.dtype), "overrides": dict(self.overrides)}
         plain["mixers"] = list(self.config().mixers)
         return {name: list(value) if isinstance(value, tuple) else value for name, value in plain.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerOptions(ModelOptions):
+    """Our model, and ``peers`` beside it, names from ``peers.PEERS``."""
+
+    peers: tuple[str, ...] = ("llama",)
+
+    def check(self) -> None:
+        super().check()
+        check_peers(self.peers)
 
 
 def build_ours(options: ModelOptions) -> ResonanceForCausalLM:
@@ -87,26 +96,22 @@ def build_ours(options: ModelOptions) -> ResonanceForCausalLM:
 
 
 def build_beside(
-    ours: ResonanceForCausalLM, options: ModelOptions, max_length: int
+    ours: ResonanceForCausalLM, peers: Sequence[str], max_length: int
 ) -> tuple[dict[str, PreTrainedModel], dict[str, str]]:
-    """The peers, and a note on the shape of each, by label."""
+    """The peers for sequences of at most ``max_length`` tokens, and a note on the shape of each, by label."""
     models: dict[str, PreTrainedModel] = {}
     notes: dict[str, str] = {}
-    for name in options.peers:
+    for name in peers:
         label = PEERS[name].label
-        models[label], notes[label] = build_peer(name, ours.config, count(ours), max_length, options.device)
+        models[label], notes[label] = build_peer(name, ours.config, count(ours), max_length, str(ours.device))
     return models, notes
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
-    """transformers warns of each kernel that runs in plain PyTorch, which is what we measure. Errors still come."""
-    before = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+def build_alone(name: str, options: ModelOptions, max_length: int) -> PreTrainedModel:
+    """A peer of the size of ours, which is not made."""
+    with torch.device("meta"):
+        ours = ResonanceForCausalLM(options.config())
+    return build_peer(name, ours.config, count(ours), max_length, options.device)[0]
 
 
 @torch.no_grad()
@@ -146,7 +151,6 @@ def training_step(
             loss.backward()
             model.zero_grad(set_to_none=True)
         loss.item()
-        if ids.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(options.device)
 
     return step

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor
 
 from resonance_nn.allocator import keep_freed_memory
-from resonance_nn.bench.common import Row, interleaved, result
+from resonance_nn.bench.common import Progress, Row, figure, interleaved, no_progress, ratio_fields, result
 from resonance_nn.bench.inference import dtype_name, synchronize
 from resonance_nn.bench.op_cases import CASES, Case, Cost, Shape
-from resonance_nn.files import atomic_path
 
 CALL_SECONDS = 0.02  # a timed call runs an op as often as that takes
 COPY_BYTES = 1 << 28
@@ -88,7 +87,7 @@ class Rates:
         return max(moving, computing), "bytes" if moving >= computing else "operations"
 
 
-def run(options: OpsOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+def run(options: OpsOptions, progress: Progress = no_progress) -> dict[str, Any]:
     """Check every op against its reference, measure the machine, time the ops in turns. ``progress`` is told the ops
     checked and the calls timed, and the total."""
     options.check()
@@ -244,17 +243,14 @@ def _repeated(call: Callable[[], None], device: str) -> tuple[Callable[[], None]
 
 def _row(case: Case, metric: str, each: Sequence[float], cost: Cost, rates: Rates, elements: int) -> Row:
     floor, bound = rates.floor(cost, case.fft)
-    ratios = sorted(s / floor for s in each)
     return {
         "case": case.name,
         "metric": f"{metric} ms",
         "ours": 1e3 * statistics.median(each),
         "peer": 1e3 * floor,
         "peer_name": "floor",
-        "ratio": statistics.median(ratios),
-        "ratio_min": ratios[0],
-        "ratio_max": ratios[-1],
-        "repeats": len(ratios),
+        **ratio_fields([s / floor for s in each]),
+        "repeats": len(each),
         "bound": bound,
         "bytes": cost.bytes,
         "operations": cost.operations,
@@ -265,19 +261,12 @@ def _row(case: Case, metric: str, each: Sequence[float], cost: Cost, rates: Rate
 
 def plot(payload: Mapping[str, Any], path: str | Path) -> None:
     """Time over floor, a bar an op and pass."""
-    from matplotlib.figure import Figure
-
     rows = payload["rows"][::-1]
-    figure = Figure(figsize=(8, 1 + 0.28 * len(rows)), layout="constrained")
-    axes = figure.subplots()
-    colors = ["C0" if row["metric"].startswith(BOTH) else "C1" for row in rows]
-    axes.barh(
-        [f"{row['case']}, {row['metric'].removesuffix(' ms')}" for row in rows],
-        [r["ratio"] for r in rows],
-        color=colors,
-    )
-    axes.axvline(1, color="black", lw=0.8)
-    axes.set_xlabel("time over floor")
-    axes.set_title(payload["machine"]["cpu"], fontsize="small")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    with figure(path, payload, size=(8, 1 + 0.28 * len(rows))) as (axes,):
+        axes.barh(
+            [f"{row['case']}, {row['metric'].removesuffix(' ms')}" for row in rows],
+            [row["ratio"] for row in rows],
+            color=["C0" if row["metric"].startswith(BOTH) else "C1" for row in rows],
+        )
+        axes.axvline(1, color="black", lw=0.8)
+        axes.set_xlabel("time over floor")

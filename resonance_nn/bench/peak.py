@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import multiprocessing
 import platform
+import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 
-from resonance_nn.allocator import is_freed_memory_kept, keep_freed_memory
+from resonance_nn.allocator import is_freed_memory_kept, keep_freed_memory, release_freed_memory
+from resonance_nn.bench.common import Progress
 
 _Result = TypeVar("_Result")
 STATUS, CLEAR_REFS = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
-def peak_memory(function: Callable[[], _Result], device: str = "cpu") -> tuple[int, _Result]:
-    """Call ``function``: the most memory it held above what was held before, in bytes, and its result.
+class Peak(NamedTuple, Generic[_Result]):
+    """Bytes at the peak of a call ``above`` those held before it, bytes of the ``whole`` process then, and what the
+    call returned."""
+
+    above: int
+    whole: int
+    result: _Result
+
+
+def peak_memory(function: Callable[[], _Result], device: str = "cpu") -> Peak[_Result]:
+    """Call ``function`` and tell the most memory it held.
 
     CUDA: of tensors, by torch's own count. Linux: resident memory, the high-water mark of the kernel, reset before the
     call. Elsewhere the mark cannot be reset, and an earlier peak of this process hides a later one: use
     :func:`in_own_process`.
 
     Raises:
-        ValueError: the system tells no peak.
+        ValueError: as :func:`check_device`.
     """
+    check_device(device)
     gc.collect()
     if device.startswith("cuda"):
         torch.cuda.synchronize(device)
@@ -36,11 +47,21 @@ def peak_memory(function: Callable[[], _Result], device: str = "cpu") -> tuple[i
         start = torch.cuda.memory_allocated(device)
         result = function()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - start, result
-    give_back_freed_memory()  # or the call takes pages that were counted before it
-    start = resident("VmRSS" if _reset_mark() else "VmHWM")
-    result = function()
-    return max(0, resident("VmHWM") - start), result
+        whole = torch.cuda.max_memory_allocated(device)
+    else:
+        release_freed_memory()  # or the call takes pages that were counted before it
+        start = _resident("VmRSS" if _reset_mark() else "VmHWM")
+        result = function()
+        whole = _resident("VmHWM")
+    return Peak(max(0, whole - start), whole, result)
+
+
+def check_device(device: str) -> None:
+    """Raise ValueError if nothing tells the peak memory of this device, or of this system."""
+    if torch.device(device).type not in ("cpu", "cuda"):
+        raise ValueError(f"device = {device!r}: its peak memory cannot be read; use cpu or cuda")
+    if torch.device(device).type == "cpu":
+        _resident("VmRSS")
 
 
 def _reset_mark() -> bool:
@@ -52,7 +73,7 @@ def _reset_mark() -> bool:
     return True
 
 
-def resident(field: str) -> int:
+def _resident(field: str) -> int:
     """Bytes of this process in memory: "VmRSS" now, "VmHWM" at most since the mark was reset. Where there is no
     /proc, both are the most since the process began."""
     if STATUS.exists():
@@ -67,52 +88,49 @@ def resident(field: str) -> int:
     return largest if platform.system() == "Darwin" else 1024 * largest
 
 
-def give_back_freed_memory() -> None:
-    """Ask glibc to return freed pages to the system; nothing where the C library is another."""
-    if platform.system() == "Linux" and platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).malloc_trim(0)
-
-
 def in_own_process(
-    function: Callable[..., _Result], *args: Any, progress: Callable[[int, int], None] | None = None
+    function: Callable[..., _Result], *args: Any, progress: Progress | None = None, keep: bool | None = None
 ) -> _Result:
-    """``function(*args)`` in a fresh process with this one's number of threads and allocator setting.
+    """``function(*args)`` in a fresh process with this one's number of threads.
 
     Args:
         function: of a module, not a closure; it, ``args`` and the result are pickled.
         progress: told what the function, which then takes an argument ``progress`` too, tells about (done, total).
+        keep: whether the C library keeps freed memory there; None means as in this process.
 
     Raises:
         ValueError: as the function raises it.
-        ChildProcessError: the process was ended, as the system does when memory runs out.
-        RuntimeError: any other failure, with its name.
+        ChildProcessError: it found no memory, or its process was ended, as the system does when memory runs out.
+        RuntimeError: any other failure, with its name, and its traceback as a note.
     """
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe(duplex=False)
-    settings = torch.get_num_threads(), is_freed_memory_kept()
+    settings = torch.get_num_threads(), is_freed_memory_kept() if keep is None else keep
     process = context.Process(target=_child, args=(theirs, settings, function, args, progress is not None))
     process.start()
     theirs.close()
     try:
         while (message := ours.recv())[0] == "progress":
-            assert progress is not None
-            progress(*message[1])
+            if progress is not None:
+                progress(*message[1])
     except EOFError:
         process.join()
-        raise ChildProcessError(
-            f"{function.__name__}: its process ended with code {process.exitcode} and no result"
-            + ("; the system ends one that asks for more memory than there is" if process.exitcode == -9 else "")
-        ) from None
+        code = process.exitcode or 0
+        how = f"was killed by signal {-code}, most likely for want of memory" if code < 0 else f"ended with code {code}"
+        raise ChildProcessError(f"the process that measured {how}") from None
     except BaseException:
         process.terminate()
         raise
     finally:
         process.join()
         ours.close()
-    kind, value = message
+    kind, value, *note = message
     if kind == "result":
         return value
-    raise (ValueError if kind == "ValueError" else RuntimeError)(value)
+    error = {"value": ValueError, "memory": ChildProcessError}.get(kind, RuntimeError)(value)
+    for text in note:
+        error.add_note(text)
+    raise error
 
 
 def _child(
@@ -125,9 +143,14 @@ def _child(
     try:
         more = {"progress": lambda done, total: connection.send(("progress", (done, total)))} if tells else {}
         connection.send(("result", function(*args, **more)))
+    except KeyboardInterrupt:  # the parent has it too
+        pass
     except ValueError as error:
-        connection.send(("ValueError", str(error)))
+        connection.send(("value", str(error)))
     except Exception as error:
-        connection.send(("error", f"{type(error).__name__}: {error}"))
+        if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            connection.send(("memory", "out of memory"))
+        else:
+            connection.send(("error", f"{type(error).__name__}: {error}", traceback.format_exc()))
     finally:
         connection.close()

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from resonance_nn.allocator import keep_freed_memory
-from resonance_nn.bench.common import Row, interleaved, rate_row, result
+from resonance_nn.bench.common import Progress, Row, figure, interleaved, log_axes, no_progress, rate_row, result
 from resonance_nn.bench.fit import PowerLaw, fit_exponent
-from resonance_nn.bench.inference import converted, dtype_name, synchronize
-from resonance_nn.bench.speed import PEER, SpeedOptions, build, check_causal, count
-from resonance_nn.evaluation import row
-from resonance_nn.files import atomic_path
+from resonance_nn.bench.inference import converted, synchronize
+from resonance_nn.bench.models import ModelOptions, build_beside, build_ours, check_causal, count
+from resonance_nn.bench.peers import PEER
 from resonance_nn.generation import PREFILL_CHUNK, prefill
 from resonance_nn.models import ResonanceForCausalLM
 
@@ -33,33 +31,32 @@ FULL_LENGTHS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 METRIC = "forward tokens/s"
 
 
-@dataclass(frozen=True)
-class ScalingOptions:
-    """What to measure."""
+@dataclass(frozen=True, kw_only=True)
+class ScalingOptions(ModelOptions):
+    """What to measure.
+
+    Args:
+        lengths: tokens, ascending.
+        chunk: tokens that ours reads at once, carrying its state.
+        whole: ours reads a sequence in one call.
+        peer_max_length: the longest sequence of the peer; 0 leaves it out.
+        repeats: timed rounds, after one to warm up.
+    """
 
     lengths: Sequence[int] = (1024, 4096, 16_384, 65_536)
-    hidden_size: int = 512
-    layers: int = 4
-    vocab_size: int = 8192
-    mixers: tuple[str, ...] | None = None
     chunk: int = PREFILL_CHUNK
     whole: bool = False
     peer_max_length: int = 8192
     repeats: int = 5
-    dtype: torch.dtype = torch.bfloat16
-    device: str = "cpu"
-    seed: int = 0
 
     def check(self) -> None:
-        """Raise ValueError naming the option, its value and what is allowed."""
         lengths = list(self.lengths)
         if len(lengths) < 2 or min(lengths) < 1 or sorted(set(lengths)) != lengths:
             raise ValueError(f"lengths = {lengths}: must be two or more numbers of tokens ≥ 1, ascending")
-        for name in ("hidden_size", "layers", "vocab_size", "chunk", "repeats"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} = {getattr(self, name)}: must be ≥ 1")
+        self.at_least(1, "chunk", "repeats")
         if self.peer_max_length < 0:
             raise ValueError(f"peer_max_length = {self.peer_max_length}: must be ≥ 0; 0 leaves the peer out")
+        super().check()
 
     @property
     def peer_lengths(self) -> list[int]:
@@ -67,21 +64,14 @@ class ScalingOptions:
         return [length for length in self.lengths if length <= self.peer_max_length]
 
 
-def run(options: ScalingOptions, progress: Callable[[int, int], None] = lambda done, total: None) -> dict[str, Any]:
+def run(options: ScalingOptions, progress: Progress = no_progress) -> dict[str, Any]:
     """Build both models, check that ours is causal, time all lengths in turns and fit. ``progress`` is told tokens read
     and their total."""
     options.check()
     kept = options.device == "cpu" and keep_freed_memory()
     torch.manual_seed(options.seed)
-    speed = SpeedOptions(
-        lengths=options.lengths,
-        hidden_size=options.hidden_size,
-        layers=options.layers,
-        vocab_size=options.vocab_size,
-        mixers=options.mixers,
-        device=options.device,
-    )
-    ours, peer = build(speed)
+    ours = build_ours(options)
+    peer = build_beside(ours, ("llama",), options.lengths[-1])[0][PEER]
     check_causal(ours, options.vocab_size)
     sizes = {"ours": count(ours), "peer": count(peer)}
     ours, peer = converted(ours, options.dtype), converted(peer, options.dtype)
@@ -100,10 +90,7 @@ def run(options: ScalingOptions, progress: Callable[[int, int], None] = lambda d
     for L in options.lengths:
         mine, other = seconds[f"ours {L}"], seconds.get(f"peer {L}")
         more = {"length": L, "seconds": {"ours": mine, "peer": other}}
-        if other is not None:
-            rows.append(rate_row(f"L={L}", METRIC, L, mine, other, PEER, **more))
-        else:
-            rows.append({**row(f"L={L}", METRIC, L / statistics.median(mine)), **more})
+        rows.append(rate_row(f"L={L}", METRIC, L, mine, other, None if other is None else PEER, **more))
     for before, after in itertools.pairwise(rows):
         step = math.log(after["length"] / before["length"])
         after["local_exponent"] = 1 - math.log(after["ours"] / before["ours"]) / step
@@ -111,12 +98,15 @@ def run(options: ScalingOptions, progress: Callable[[int, int], None] = lambda d
         "ours": _fit(seconds, "ours", options.lengths),
         "peer": _fit(seconds, "peer", options.peer_lengths),
     }
-    described = {f.name: getattr(options, f.name) for f in fields(options)}
-    described |= {"dtype": dtype_name(options.dtype), "lengths": list(options.lengths)}
-    described["mixers"] = list(ours.config.mixers)
-    more = {"options": described, "parameters": sizes, "keeps_freed_memory": kept}
-    more["fits"] = {name: None if fit is None else asdict(fit) for name, fit in fits.items()}
-    return result("scaling", rows, options.device, **more)
+    return result(
+        "scaling",
+        rows,
+        options.device,
+        options=options.described(),
+        parameters=sizes,
+        fits={name: None if fit is None else asdict(fit) for name, fit in fits.items()},
+        keeps_freed_memory=kept,
+    )
 
 
 def _fit(seconds: Mapping[str, Sequence[float]], name: str, lengths: Sequence[int]) -> PowerLaw | None:
@@ -158,23 +148,12 @@ def _whole(
 
 def plot(payload: Mapping[str, Any], path: str | Path) -> None:
     """Seconds over the length, every call a point, with the fitted lines, both axes logarithmic."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.5, 4.2), layout="constrained")
-    axes = figure.subplots()
-    for i, (key, label) in enumerate((("ours", "resonance_nn"), ("peer", PEER))):
-        points = [(row["length"], s) for row in payload["rows"] for s in row["seconds"][key] or ()]
-        if points:
-            axes.plot(*zip(*points, strict=True), "os"[i], color=f"C{i}", ms=4, label=label)
-        if (values := payload["fits"][key]) is not None:
-            fit, ends = PowerLaw(**values), [min(points)[0], max(points)[0]]
-            axes.plot(ends, [fit.at(x) for x in ends], color=f"C{i}", lw=1, label=f"length^{fit.exponent:.3f}")
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("length, tokens")
-    axes.set_ylabel("seconds of a forward pass")
-    axes.set_title(payload["machine"]["cpu"], fontsize="small")
-    axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize="small")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=150)
+    with figure(path, payload, size=(6.5, 4.2)) as (axes,):
+        for i, (key, label) in enumerate((("ours", "resonance_nn"), ("peer", PEER))):
+            points = [(row["length"], s) for row in payload["rows"] for s in row["seconds"][key] or ()]
+            if points:
+                axes.plot(*zip(*points, strict=True), "os"[i], color=f"C{i}", ms=4, label=label)
+            if (values := payload["fits"][key]) is not None:
+                fit, ends = PowerLaw(**values), [min(points)[0], max(points)[0]]
+                axes.plot(ends, [fit.at(x) for x in ends], color=f"C{i}", lw=1, label=f"length^{fit.exponent:.3f}")
+        log_axes(axes, "length, tokens", "seconds of a forward pass")

@@ -27,7 +27,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from resonance_nn.backbone import Block
-from resonance_nn.bench.common import Row, result
+from resonance_nn.bench.common import Progress, Row, no_progress, result
 from resonance_nn.bench.resonators import READERS
 from resonance_nn.data import DataError, Document, cut_pieces, document_token_id, encode_pieces
 from resonance_nn.evaluation import finite, row
@@ -157,7 +157,7 @@ def run(
     *,
     tokens: int = 16_384,
     window: int = 1024,
-    progress: Callable[[int, int], None] = lambda done, total: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Read text and return what is written as JSON, a row a layer and head. ``progress``: tokens read and their total.
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
-from resonance_nn.bench.child import Progress
-from resonance_nn.bench.models import build_beside, build_ours, quiet
+from resonance_nn.bench.common import Progress, no_progress, plot_rows
 from resonance_nn.bench.timing import Case, TimingOptions, time_suite
-from resonance_nn.models import ResonanceForCausalLM
 
 FULL_LENGTHS = tuple(1 << n for n in range(9, 17))  # 512 ... 65,536
 
@@ -37,16 +34,13 @@ class SpeedOptions(TimingOptions):
             raise ValueError(f"lengths = {self.lengths}: must be one or more numbers of tokens ≥ 2")
 
 
-def run(options: SpeedOptions, progress: Progress = lambda done, total: None) -> dict[str, Any]:
+def run(options: SpeedOptions, progress: Progress = no_progress) -> dict[str, Any]:
     """Measure, and return what is written as JSON. ``progress`` is told the steps done and their total."""
     options.check()
     cases = [Case(max(1, options.tokens_per_batch // length), length) for length in sorted(set(options.lengths))]
     return time_suite("speed", options, cases, (options.forward_only,), progress)
 
 
-def build(options: SpeedOptions) -> tuple[ResonanceForCausalLM, *tuple[PreTrainedModel, ...]]:
-    """Ours, and each of ``options.peers``: equal width and vocabulary, tied embeddings, parameters within 2%."""
-    with quiet():
-        ours = build_ours(options)
-        peers, _ = build_beside(ours, options, max(options.lengths))
-    return ours, *peers.values()
+def plot(payload: Mapping[str, Any], path: str | Path) -> None:
+    """Tokens/s over the length, a line a model."""
+    plot_rows(payload, path, "length")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from resonance_nn.bench.child import Progress
+from resonance_nn.bench.common import Progress, no_progress, plot_rows
 from resonance_nn.bench.timing import Case, TimingOptions, time_suite
 
 
@@ -24,8 +25,13 @@ class ThroughputOptions(TimingOptions):
             raise ValueError(f"batches = {self.batches}: must be one or more numbers of sequences ≥ 1")
 
 
-def run(options: ThroughputOptions, progress: Progress = lambda done, total: None) -> dict[str, Any]:
+def run(options: ThroughputOptions, progress: Progress = no_progress) -> dict[str, Any]:
     """As ``speed.run``: rows of training steps, then of forward passes."""
     options.check()
     cases = [Case(batch, options.length) for batch in sorted(set(options.batches))]
     return time_suite("throughput", options, cases, (False, True), progress)
+
+
+def plot(payload: Mapping[str, Any], path: str | Path) -> None:
+    """Tokens/s over the batch size, a line a model, a panel a pass."""
+    plot_rows(payload, path, "batch")

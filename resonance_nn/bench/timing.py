@@ -14,25 +14,18 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from resonance_nn.allocator import is_freed_memory_kept, keep_freed_memory
-from resonance_nn.bench.child import Progress, in_child
-from resonance_nn.bench.common import Row, interleaved, rate_row, ratios, result
+from resonance_nn.bench.common import Progress, Row, interleaved, rate_row, ratios, result
 from resonance_nn.bench.floor import Matmul, record, replay
-from resonance_nn.bench.models import (
-    ModelOptions,
-    build_beside,
-    build_ours,
-    check_causal,
-    count,
-    quiet,
-    training_step,
-)
+from resonance_nn.bench.models import PeerOptions, build_beside, build_ours, check_causal, count, training_step
+from resonance_nn.bench.peak import in_own_process
+from resonance_nn.loading import quiet_transformers
 
 ALLOCATORS = ("keep", "default")
 APPROACH = 64  # tokens
 
 
 @dataclass(frozen=True, kw_only=True)
-class TimingOptions(ModelOptions):
+class TimingOptions(PeerOptions):
     """How to measure.
 
     Args:
@@ -102,12 +95,12 @@ def time_suite(
         progress: is told the steps done and their total.
     """
     if options.allocator == "default" and is_freed_memory_kept():  # which cannot be undone in this process
-        return in_child(time_suite, suite, options, cases, passes, progress=progress)
+        return in_own_process(time_suite, suite, options, cases, passes, progress=progress, keep=False)
     kept = options.allocator == "keep" and options.device == "cpu" and keep_freed_memory()
     torch.manual_seed(options.seed)
-    with quiet():
+    with quiet_transformers():
         ours = build_ours(options)
-        peers, notes = build_beside(ours, options, max(case.length for case in cases))
+        peers, notes = build_beside(ours, options.peers, max(case.length for case in cases))
         check_causal(ours, options.vocab_size)
         clock = Clock(len(cases) * len(passes), options, progress)
         rows = [row for only in passes for row in measure(ours, peers, cases, options, clock, forward_only=only)]

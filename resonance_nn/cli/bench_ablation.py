@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from resonance_nn.cli.bench_common import names
 from resonance_nn.cli.common import (
     DeviceOption,
     JsonOption,
@@ -58,7 +59,7 @@ def ablation(
 
         torch.set_num_threads(threads)
     options = suite.AblationOptions(
-        names=tuple(name.strip() for name in ablations.split(",")),
+        names=names(ablations),
         output_dir=Path(output_dir),
         data=tuple(data or ["stdlib"]),
         tokens=tokens,

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from resonance_nn.cli.common import JsonOption, check_output, console_for, numbers, stderr_console, write_json
+from resonance_nn.cli.bench_common import PlotOption, check_outputs, measure, numbers
+from resonance_nn.cli.common import JsonOption
 
 
 def capacity(
@@ -22,7 +24,7 @@ def capacity(
         bool, typer.Option("--full", help="To 4,096 channels and 1,024 pairs, 16,384 recalls a figure.")
     ] = False,
     json_path: JsonOption = None,
-    plot: Annotated[str | None, typer.Option("--plot", metavar="FILE", help="Write a plot as PNG.")] = None,
+    plot: PlotOption = None,
 ) -> None:
     """Associative memories: HRR's accuracy, delta-rule and least-squares exactness, bits; each beside its theory."""
     given: dict[str, Any] = {
@@ -30,26 +32,21 @@ def capacity(
         "pairs": None if pairs is None else numbers("--pairs", pairs),
         "trials": trials,
     }
-    check_output(json_path, "--json")
-    check_output(plot, "--plot")
-    from rich.progress import Progress
-
+    check_outputs(json_path, plot)
     from resonance_nn.bench import capacity as suite
 
     make = suite.CapacityOptions.full if full else suite.CapacityOptions
     options = make(seed=seed, **{name: value for name, value in given.items() if value is not None})
-    with Progress(console=stderr_console, transient=True, disable=not stderr_console.is_terminal) as bar:
-        task = bar.add_task("measuring", total=None)
-        payload = suite.run(options, lambda done, total: bar.update(task, completed=done, total=total))
-    out = console_for(json_path)
-    for table in suite.tables(payload):
+    measure(suite, options, _show, json_path, plot)
+
+
+def _show(payload: dict[str, Any], out: Console) -> None:
+    from resonance_nn.bench.capacity import tables
+
+    for table in tables(payload):
         out.print(table)
     out.print(
         f"HRR: at most {payload['largest_difference_points']:.2f} points from theory; "
         f"within 5 points: {'yes' if payload['within_5_points'] else 'NO'}. "
         f"Recalls that should be exact are: {'yes' if payload['exact'] else 'NO'}."
     )
-    if json_path is not None:
-        write_json(json_path, payload)
-    if plot is not None:
-        suite.plot(payload, plot)

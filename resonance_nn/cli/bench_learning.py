@@ -7,25 +7,17 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resonance_nn.cli.common import (
-    DeviceOption,
-    JsonOption,
-    check_output,
-    console_for,
-    stderr_console,
-    wide_view,
-    write_json,
-)
+from resonance_nn.cli.bench_common import PlotOption, check_outputs, names, numbers
+from resonance_nn.cli.common import DeviceOption, JsonOption, console_for, stderr_console, wide_view, write_json
 
 if TYPE_CHECKING:
     from resonance_nn.bench.sweep import Case, Sweep
 
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
-Value = TypeVar("Value")
 
 StateSizes = Annotated[str, typer.Option(help="Reals of state for each channel of the width, by commas.")]
 Rates = Annotated[str, typer.Option(help="Peak learning rates, by commas.")]
@@ -53,7 +45,6 @@ Pairs = Annotated[str, typer.Option(help="Numbers of key-value pairs, by commas.
 OutputDir = Annotated[str, typer.Option(help="A folder a run in this one.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Keep finished runs, go on with the others.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Delete the runs that are asked for.")]
-Plot = Annotated[str | None, typer.Option(metavar="FILE", help="Write a plot as PNG.", show_default=False)]
 
 
 def recall(
@@ -88,15 +79,14 @@ def recall(
     resume: Resume = False,
     overwrite: Overwrite = False,
     json_path: JsonOption = None,
-    plot: Plot = None,
+    plot: PlotOption = None,
 ) -> None:
     """Train on multi-query associative recall; accuracy over bytes of state.
 
     Example: resonance bench recall --models llama,gated_delta --minutes 40 --threads 1 --plot recall.png
     """
-    check_output(json_path, "--json")
-    check_output(plot, "--plot")
-    sizes = numbers("--lengths", lengths, int), numbers("--pairs", pairs, int)
+    check_outputs(json_path, plot)
+    sizes = numbers("--lengths", lengths), numbers("--pairs", pairs)
     watched = watched_cell(watch)
     sweep = sweep_of(locals())
     from resonance_nn.bench import recall as suite
@@ -144,40 +134,25 @@ def tracking(
     resume: Resume = False,
     overwrite: Overwrite = False,
     json_path: JsonOption = None,
-    plot: Plot = None,
+    plot: PlotOption = None,
 ) -> None:
     """Train on state tracking at short lengths; accuracy at longer ones.
 
     Example: resonance bench tracking --tasks parity --models llama,holographic_turning --minutes 5 --plot parity.png
     """
-    check_output(json_path, "--json")
-    check_output(plot, "--plot")
-    trained, asked = numbers("--train-lengths", train_lengths, int), numbers("--lengths", lengths, int)
-    recalled = numbers("--pairs", pairs, int), watched_cell(watch)
+    check_outputs(json_path, plot)
+    trained, asked = numbers("--train-lengths", train_lengths), numbers("--lengths", lengths)
+    recalled = numbers("--pairs", pairs), watched_cell(watch)
     sweep = sweep_of(locals())
     from resonance_nn.bench import tracking as suite
     from resonance_nn.bench.recall import RecallOptions
 
-    options = suite.TrackingOptions(
-        tuple(names(tasks)), trained, asked, RecallOptions(vocab_size, asked, *recalled, fillers)
-    )
+    options = suite.TrackingOptions(names(tasks), trained, asked, RecallOptions(vocab_size, asked, *recalled, fillers))
     with showing(sweep) as report:
         payload = suite.run(sweep, options, report)
     finish(payload, suite.shown(payload), json_path)
     if plot is not None:
         suite.plot(payload, plot)
-
-
-def names(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",")]
-
-
-def numbers(flag: str, text: str, kind: Callable[[str], Value]) -> tuple[Value, ...]:
-    """Those of a list by commas, each once, in order."""
-    try:
-        return tuple(dict.fromkeys(kind(part) for part in text.split(",")))
-    except ValueError:
-        raise ValueError(f"{flag} {text!r}: must be numbers separated by commas") from None
 
 
 def watched_cell(text: str) -> tuple[int, int]:
@@ -189,8 +164,8 @@ def watched_cell(text: str) -> tuple[int, int]:
 
 def sweep_of(values: Mapping[str, Any]) -> Sweep:
     """The runs that a command's arguments ask for."""
-    lrs, seeds = numbers("--lrs", values["lrs"], float), numbers("--seeds", values["seeds"], int)
-    state_sizes = numbers("--state-sizes", values["state_sizes"], int)
+    lrs, seeds = numbers("--lrs", values["lrs"], float), numbers("--seeds", values["seeds"])
+    state_sizes = numbers("--state-sizes", values["state_sizes"])
     threads, steps, minutes = values["threads"], values["steps"], values["minutes"]
     if threads is not None and threads < 1:
         raise ValueError(f"threads = {threads}: must be ≥ 1")
@@ -204,7 +179,7 @@ def sweep_of(values: Mapping[str, Any]) -> Sweep:
     if threads is not None:
         torch.set_num_threads(threads)
     return Sweep(
-        models=tuple(names(values["models"])),
+        models=names(values["models"]),
         state_sizes=state_sizes,
         lrs=lrs,
         seeds=seeds,

@@ -1,41 +1,37 @@
-"""`resonance bench memory`: peak memory beside transformers' models of equal size."""
+"""`resonance bench memory`: peak memory of a training step beside transformers' models of equal size."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from resonance_nn.cli.bench_options import (
+from resonance_nn.cli.bench_common import (
     DtypeOption,
     HiddenSizeOption,
     LayersOption,
     MixersOption,
     PeersOption,
+    PlotOption,
     SetOption,
     SizeOption,
     VocabSizeOption,
+    WeightsSeedOption,
+    check_outputs,
+    measure,
     model_options,
-)
-from resonance_nn.cli.common import (
-    DeviceOption,
-    JsonOption,
-    PlotOption,
-    check_output,
-    console_for,
-    measuring,
+    names_or_none,
     numbers,
-    wide_view,
-    write_json,
+    readable_bytes,
+    title_of,
 )
+from resonance_nn.cli.common import DeviceOption, JsonOption, wide_view
 
 
 def memory(
     lengths: Annotated[str, typer.Option("--lengths", help="Tokens of a sequence, separated by commas.")] = "2048,8192",
     tokens_per_batch: Annotated[int, typer.Option("--tokens-per-batch", help="Tokens of a step.")] = 8192,
-    task: Annotated[
-        str, typer.Option("--task", help="train: forward, loss and backward; prefill: read prompts, in chunks.")
-    ] = "train",
     gradient_checkpointing: Annotated[
         bool, typer.Option("--gradient-checkpointing", help="Recompute each block in the backward pass.")
     ] = False,
@@ -47,43 +43,53 @@ def memory(
     config: SetOption = None,
     peers: PeersOption = "llama",
     dtype: DtypeOption = "bf16",
+    seed: WeightsSeedOption = 0,
     device: DeviceOption = "auto",
     json_path: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """Peak memory of a training step or of reading a prompt, each model at each length in a process of its own."""
+    """Peak memory of a training step, each model at each length in a process of its own."""
     given = numbers("--lengths", lengths)
-    check_output(json_path, "--json")
-    check_output(plot, "--plot")
-    models = model_options(size, hidden_size, layers, vocab_size, mixers, config, peers, dtype, device)
-    from rich.table import Table
-
-    from resonance_nn.bench import common
+    check_outputs(json_path, plot)
+    models = model_options(
+        size=size,
+        hidden_size=hidden_size,
+        layers=layers,
+        vocab_size=vocab_size,
+        mixers=mixers,
+        config=config,
+        dtype=dtype,
+        seed=seed,
+        device=device,
+    )
     from resonance_nn.bench import memory as suite
 
     options = suite.MemoryOptions(
         **models,
+        peers=names_or_none(peers),
         lengths=given,
         tokens_per_batch=tokens_per_batch,
-        task=task,  # type: ignore[arg-type]
         gradient_checkpointing=gradient_checkpointing,
     )
-    with measuring() as progress:
-        payload = suite.run(options, progress)
-    out, machine = console_for(json_path), payload["machine"]
-    view = Table(
-        "case", "model", title=f"{task}: {machine['cpu']}, {machine['threads']} threads, {dtype}", highlight=False
-    )
-    for heading in ("MB above weights", "MB in all", "ratio"):
+    measure(suite, options, _show, json_path, plot)
+
+
+def _show(payload: dict[str, Any], out: Console) -> None:
+    from rich.table import Table
+
+    from resonance_nn.bench.common import number
+
+    view = Table("case", "model", title=title_of(payload, payload["options"]["dtype"]), highlight=False)
+    for heading in ("above weights", "in all", "ratio"):
         view.add_column(heading, justify="right")
     shown = None
     for row in payload["rows"]:
         if row["case"] != shown:
             shown = row["case"]
-            view.add_row(shown, "ours", _megabytes(row["ours"]), _megabytes(row["whole"]), "")
+            view.add_row(shown, "ours", readable_bytes(row["ours"]), readable_bytes(row["whole"]), "")
         if row["peer_name"] is not None:
-            cells = (_megabytes(row["peer"]), _megabytes(row["peer_whole"]), common.number(row["ratio"]))
-            view.add_row("", row["peer_name"], *cells)
+            figures = readable_bytes(row["peer"]), readable_bytes(row["peer_whole"]), number(row["ratio"])
+            view.add_row("", row["peer_name"], *figures)
     wide_view(out).print(view)
     out.print(
         "above weights: above the process with its model, before the first step; ratio > 1: ours takes less",
@@ -93,11 +99,3 @@ def memory(
         for name, reason in (("ours", row["reason"]), (row["peer_name"], row["peer_reason"])):
             if reason is not None:
                 out.print(f"{row['case']}: {name} not measured: {reason}", soft_wrap=True)
-    if json_path is not None:
-        write_json(json_path, payload)
-    if plot is not None:
-        common.plot(payload, plot, "length")
-
-
-def _megabytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 1e6:,.0f}"

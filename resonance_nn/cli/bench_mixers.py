@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from resonance_nn.cli.common import (
-    DeviceOption,
-    JsonOption,
-    check_output,
-    console_for,
-    dtype_of,
-    stderr_console,
-    wide_view,
-    write_json,
-)
+from resonance_nn.cli.bench_common import DtypeOption, PlotOption, check_outputs, measure, one_dtype, title_of
+from resonance_nn.cli.common import DeviceOption, JsonOption, wide_view
 
 
 def mixers(
@@ -24,18 +17,14 @@ def mixers(
     layers: Annotated[int, typer.Option(help="Depth of all models.")] = 2,
     repeats: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.")] = 5,
     tokens_per_batch: Annotated[int, typer.Option(help="Tokens of a training step.")] = 8192,
-    dtype: Annotated[str, typer.Option(help="Of the matmuls (autocast): fp32, bf16 or fp16.")] = "bf16",
+    dtype: DtypeOption = "bf16",
     device: DeviceOption = "auto",
     json_path: JsonOption = None,
+    plot: PlotOption = None,
 ) -> None:
     """Training tokens/s, decoding latency and state of every causal mixer beside spectral_gate, in turns."""
-    chosen = dtype_of(dtype)
-    if chosen is None:
-        raise ValueError("dtype = 'auto': must be one of fp32, bf16, fp16")
-    check_output(json_path, "--json")
-    from rich.progress import Progress
-    from rich.table import Table
-
+    chosen = one_dtype(dtype)
+    check_outputs(json_path, plot)
     from resonance_nn.bench import mixers as suite
     from resonance_nn.evaluation import resolve_device
 
@@ -48,13 +37,14 @@ def mixers(
         dtype=chosen,
         device=resolve_device(device),
     )
-    with Progress(console=stderr_console, transient=True, disable=not stderr_console.is_terminal) as bar:
-        task = bar.add_task("measuring", total=None)
-        payload = suite.run(options, lambda done, total: bar.update(task, completed=done, total=total))
-    out, machine = console_for(json_path), payload["machine"]
-    view = Table(
-        "mixer", title=f"{machine['cpu']}, {machine['threads']} threads, {dtype}, L = {length}", highlight=False
-    )
+    measure(suite, options, _show, json_path, plot)
+
+
+def _show(payload: dict[str, Any], out: Console) -> None:
+    from rich.table import Table
+
+    options = payload["options"]
+    view = Table("mixer", title=title_of(payload, options["dtype"], f"L = {options['length']}"), highlight=False)
     for heading in ("parameters", "training tokens/s", "ratio", "decode ms", "ratio", "state bytes"):
         view.add_column(heading, justify="right")
     for row in payload["rows"]:
@@ -64,5 +54,3 @@ def mixers(
         )
     wide_view(out).print(view)
     out.print("ratios to spectral_gate: of training speed, higher is faster; of decoding time, lower is faster")
-    if json_path is not None:
-        write_json(json_path, payload)

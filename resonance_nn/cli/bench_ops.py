@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from resonance_nn.cli.bench_common import PlotOption, RepeatsOption, measuring, names, one_dtype
-from resonance_nn.cli.common import DeviceOption, JsonOption, check_output, console_for, wide_view, write_json
+from resonance_nn.cli.bench_common import (
+    PlotOption,
+    RepeatsOption,
+    check_outputs,
+    measure,
+    names,
+    one_dtype,
+    title_of,
+)
+from resonance_nn.cli.common import DeviceOption, JsonOption, wide_view
 
 
 def ops(
@@ -28,15 +37,12 @@ def ops(
 ) -> None:
     """Each op, forward and backward, beside the time its bytes or operations need on this machine."""
     chosen = one_dtype(dtype)
-    check_output(json_path, "--json")
-    check_output(plot, "--plot")
-    from rich.table import Table
-
+    check_outputs(json_path, plot)
     from resonance_nn.bench import ops as suite
     from resonance_nn.evaluation import resolve_device
 
     options = suite.OpsOptions(
-        ops=names(chosen_ops),
+        ops=None if chosen_ops is None else names(chosen_ops),
         tokens=tokens,
         length=length,
         hidden_size=hidden_size,
@@ -47,17 +53,22 @@ def ops(
         device=resolve_device(device),
         seed=seed,
     )
-    with measuring() as progress:
-        payload = suite.run(options, progress)
-    out, machine, rates = console_for(json_path), payload["machine"], payload["rates"]
-    view = Table("op", "pass", title=f"{machine['cpu']}, {machine['threads']} threads, {dtype}", highlight=False)
+    measure(suite, options, _show, json_path, plot)
+
+
+def _show(payload: dict[str, Any], out: Console) -> None:
+    from rich.table import Table
+
+    from resonance_nn.bench.common import spread
+
+    rates, dtype = payload["rates"], payload["options"]["dtype"]
+    view = Table("op", "pass", title=title_of(payload, dtype), highlight=False)
     for heading in ("ms", "floor ms", "of", "ratio", "min – max", "ns an element"):
         view.add_column(heading, justify="right")
     for row in payload["rows"]:
         view.add_row(
             *(row["case"], row["metric"].removesuffix(" ms"), f"{row['ours']:.3f}", f"{row['peer']:.3f}"),
-            *(row["bound"], f"{row['ratio']:.2f}", f"{row['ratio_min']:.2f} – {row['ratio_max']:.2f}"),
-            f"{row['ns_per_element']:.3f}",
+            *(row["bound"], f"{row['ratio']:.2f}", spread(row), f"{row['ns_per_element']:.3f}"),
         )
     wide_view(out).print(view)
     out.print(
@@ -65,7 +76,3 @@ def ops(
         f"{rates['matmul_operations_per_second'] / 1e9:,.0f} GFLOP/s (a large matmul in {dtype}; FFTs at "
         f"{rates['matmul_float32_operations_per_second'] / 1e9:,.0f} in fp32), whichever is longer"
     )
-    if json_path is not None:
-        write_json(json_path, payload)
-    if plot is not None:
-        suite.plot(payload, plot)

@@ -6,15 +6,8 @@ from typing import Annotated
 
 import typer
 
-from resonance_nn.cli.common import (
-    DeviceOption,
-    JsonOption,
-    ModelArgument,
-    check_output,
-    console_for,
-    stderr_console,
-    write_json,
-)
+from resonance_nn.cli.bench_common import PlotOption, check_outputs, measuring
+from resonance_nn.cli.common import DeviceOption, JsonOption, ModelArgument, console_for, write_json
 
 
 def spectrum(
@@ -31,14 +24,12 @@ def spectrum(
     window: Annotated[int, typer.Option("--window", help="Tokens of a document, from its beginning.")] = 1024,
     device: DeviceOption = "auto",
     json_path: JsonOption = None,
-    plot: Annotated[str | None, typer.Option("--plot", metavar="FILE", help="Write a plot as PNG.")] = None,
+    plot: PlotOption = None,
 ) -> None:
     """A model's resonators: periods, decay times and use of every mode, over real text."""
-    check_output(json_path, "--json")
-    check_output(plot, "--plot")
+    check_outputs(json_path, plot)
 
     import torch
-    from rich.progress import Progress
 
     from resonance_nn.bench import spectrum as suite
     from resonance_nn.data import find_documents
@@ -47,16 +38,8 @@ def spectrum(
 
     lm, tokenizer = load_model(model, dtype=torch.float32, device=resolve_device(device))
     documents = find_documents(data or ["stdlib"], leave_out=model)
-    with Progress(console=stderr_console, transient=True, disable=not stderr_console.is_terminal) as bar:
-        task = bar.add_task("reading", total=None)
-        payload = suite.run(
-            lm,
-            tokenizer,
-            documents,
-            tokens=tokens,
-            window=window,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-        )
+    with measuring("reading") as progress:
+        payload = suite.run(lm, tokenizer, documents, tokens=tokens, window=window, progress=progress)
     payload |= {"model": model, "data": data or ["stdlib"]}
     out = console_for(json_path)
     for table in suite.tables(payload):

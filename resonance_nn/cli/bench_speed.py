@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
-from resonance_nn.cli.bench_options import (
+from resonance_nn.cli.bench_common import (
     AllocatorOption,
     CompileOption,
     DtypeOption,
@@ -17,34 +17,27 @@ from resonance_nn.cli.bench_options import (
     MaxSecondsOption,
     MixersOption,
     PeersOption,
+    PlotOption,
     RepeatsOption,
     SetOption,
     SizeOption,
     VocabSizeOption,
+    WeightsSeedOption,
+    check_outputs,
+    chosen_numbers,
+    measure,
     model_options,
-)
-from resonance_nn.cli.common import (
-    DeviceOption,
-    JsonOption,
-    PlotOption,
-    check_output,
-    console_for,
-    measuring,
+    names_or_none,
     numbers,
-    wide_view,
-    write_json,
+    title_of,
 )
-
-if TYPE_CHECKING:
-    from resonance_nn.bench.child import Progress
-
-DEFAULT_LENGTHS = "512,2048,8192"
+from resonance_nn.cli.common import DeviceOption, JsonOption, wide_view
 
 
 def speed(
     lengths: Annotated[
         str | None,
-        typer.Option("--lengths", help="Tokens of a sequence, separated by commas.", show_default=DEFAULT_LENGTHS),
+        typer.Option("--lengths", help="Tokens of a sequence, separated by commas.", show_default="512,2048,8192"),
     ] = None,
     full: Annotated[bool, typer.Option("--full", help="Lengths 512, 1024, ... 65536.")] = False,
     tokens_per_batch: Annotated[int, typer.Option("--tokens-per-batch", help="Tokens of a step.")] = 8192,
@@ -57,6 +50,7 @@ def speed(
     config: SetOption = None,
     peers: PeersOption = "llama",
     dtype: DtypeOption = "bf16",
+    seed: WeightsSeedOption = 0,
     repeats: RepeatsOption = 5,
     floor: FloorOption = True,
     compile: CompileOption = False,
@@ -67,17 +61,25 @@ def speed(
     plot: PlotOption = None,
 ) -> None:
     """Training tokens/s over the length, beside transformers' models of equal width, vocabulary and parameters."""
-    if full and lengths is not None:
-        raise ValueError("--full and --lengths: --full is a list of lengths; give one")
-    given = None if full else numbers("--lengths", DEFAULT_LENGTHS if lengths is None else lengths)
-    check_output(json_path, "--json")
-    check_output(plot, "--plot")
-    models = model_options(size, hidden_size, layers, vocab_size, mixers, config, peers, dtype, device)
+    given = chosen_numbers("--lengths", lengths, full=full)
+    check_outputs(json_path, plot)
+    models = model_options(
+        size=size,
+        hidden_size=hidden_size,
+        layers=layers,
+        vocab_size=vocab_size,
+        mixers=mixers,
+        config=config,
+        dtype=dtype,
+        seed=seed,
+        device=device,
+    )
     from resonance_nn.bench import speed as suite
 
     options = suite.SpeedOptions(
         **models,
-        lengths=suite.FULL_LENGTHS if given is None else given,
+        peers=names_or_none(peers),
+        lengths=given or (suite.FULL_LENGTHS if full else suite.SpeedOptions.lengths),
         tokens_per_batch=tokens_per_batch,
         forward_only=forward_only,
         repeats=repeats,
@@ -86,7 +88,7 @@ def speed(
         allocator=allocator,  # type: ignore[arg-type]
         max_seconds=max_seconds,
     )
-    _measure(lambda progress: suite.run(options, progress), json_path, plot, "length")
+    measure(suite, options, _show, json_path, plot)
 
 
 def throughput(
@@ -102,6 +104,7 @@ def throughput(
     config: SetOption = None,
     peers: PeersOption = "llama",
     dtype: DtypeOption = "bf16",
+    seed: WeightsSeedOption = 0,
     repeats: RepeatsOption = 5,
     floor: FloorOption = True,
     compile: CompileOption = False,
@@ -113,13 +116,23 @@ def throughput(
 ) -> None:
     """Training and forward tokens/s over the batch size, beside transformers' models of equal size."""
     given = numbers("--batches", batches)
-    check_output(json_path, "--json")
-    check_output(plot, "--plot")
-    models = model_options(size, hidden_size, layers, vocab_size, mixers, config, peers, dtype, device)
+    check_outputs(json_path, plot)
+    models = model_options(
+        size=size,
+        hidden_size=hidden_size,
+        layers=layers,
+        vocab_size=vocab_size,
+        mixers=mixers,
+        config=config,
+        dtype=dtype,
+        seed=seed,
+        device=device,
+    )
     from resonance_nn.bench import throughput as suite
 
     options = suite.ThroughputOptions(
         **models,
+        peers=names_or_none(peers),
         batches=given,
         length=length,
         repeats=repeats,
@@ -128,18 +141,14 @@ def throughput(
         allocator=allocator,  # type: ignore[arg-type]
         max_seconds=max_seconds,
     )
-    _measure(lambda progress: suite.run(options, progress), json_path, plot, "batch")
+    measure(suite, options, _show, json_path, plot)
 
 
-def _measure(run: Callable[[Progress], dict[str, Any]], json_path: str | None, plot: str | None, x: str) -> None:
-    """Run with a bar, print the table, write the files."""
-    from resonance_nn.bench import common
+def _show(payload: dict[str, Any], out: Console) -> None:
+    from resonance_nn.bench.common import rate_table
 
-    with measuring() as progress:
-        payload = run(progress)
-    machine, options, out = payload["machine"], payload["options"], console_for(json_path)
-    title = f"{machine['cpu']}, {machine['threads']} threads, {options['dtype']}"
-    wide_view(out).print(common.table(payload, title))
+    options = payload["options"]
+    wide_view(out).print(rate_table(payload, title_of(payload, options["dtype"])))
     sizes = ", ".join(f"{name} {count:,}" for name, count in payload["parameters"].items())
     out.print(f"parameters: {sizes}; ratio > 1: ours is faster", soft_wrap=True)
     for name, note in payload["peers"].items():
@@ -152,7 +161,3 @@ def _measure(run: Callable[[Progress], dict[str, Any]], json_path: str | None, p
     for row in payload["rows"]:
         if row["reason"] is not None:
             out.print(f"{row['case']}: {row['peer_name']} not timed: {row['reason']}", soft_wrap=True)
-    if json_path is not None:
-        write_json(json_path, payload)
-    if plot is not None:
-        common.plot(payload, plot, x)

@@ -6,8 +6,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,9 +30,6 @@ JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output.", show_default=False),
 ]
-PlotOption = Annotated[
-    str | None, typer.Option("--plot", metavar="FILE", help="Write a plot as PNG.", show_default=False)
-]
 DeviceOption = Annotated[str, typer.Option("--device", metavar="DEVICE", help="auto, cpu, cuda, mps or xpu.")]
 SeedOption = Annotated[int | None, typer.Option("--seed", help="Makes the random choices repeatable.")]
 PrecisionOption = Annotated[
@@ -52,16 +48,6 @@ def console_for(json_path: str | None) -> Console:
 def wide_view(out: Console) -> Console:
     """Where a table is printed: ``out`` on a terminal, otherwise one wide enough that no column is cut."""
     return out if out.is_terminal else Console(file=out.file, width=TABLE_WIDTH, highlight=False)
-
-
-@contextmanager
-def measuring() -> Iterator[Callable[[int, int], None]]:
-    """A bar on a terminal: the function it gives is told what is done, and of how much."""
-    from rich.progress import Progress
-
-    with Progress(console=stderr_console, transient=True, disable=not stderr_console.is_terminal) as bar:
-        task = bar.add_task("measuring", total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def write_json(path: str | os.PathLike[str], payload: Any) -> None:
@@ -86,19 +72,6 @@ def check_output(path: str | os.PathLike[str] | None, flag: str) -> None:
     if Path(path).is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
         reason = "is a folder" if Path(path).is_dir() else f"the folder {str(folder)!r} does not exist or is read-only"
         raise ValueError(f"{flag} {str(path)!r}: {reason}")
-
-
-def numbers(flag: str, text: str) -> tuple[int, ...]:
-    """Those of "512,2048"."""
-    try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise ValueError(f"{flag} {text!r}: must be numbers separated by commas, such as 512,2048") from None
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Those of "a,b"; none of "none"."""
-    return () if text == "none" else tuple(name.strip() for name in text.split(","))
 
 
 def config_fields(given: Sequence[str] | None) -> dict[str, Any]:

@@ -1,0 +1,117 @@
+"""The measure of memory: a known number of bytes is seen, in this process and in its own, and so is how that ends."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+
+import pytest
+import torch
+
+from resonance_nn.allocator import is_freed_memory_kept, keep_freed_memory
+from resonance_nn.bench.peak import _child, check_device, in_own_process, peak_memory
+
+MB = 1 << 20
+
+
+def allocate(megabytes: int) -> float:
+    """Holds that much at once, twice, and half as much as its result's origin."""
+    for _ in range(2):
+        torch.ones(megabytes * MB // 4).sum()
+    return torch.ones(megabytes * MB // 8).sum().item()
+
+
+def allocate_and_tell(megabytes: int, progress) -> tuple[int, float, int]:
+    progress(1, 2)
+    keep_freed_memory()
+    allocate(4 * megabytes)  # an earlier, larger peak, whose pages the allocator keeps
+    peak, _, result = peak_memory(lambda: allocate(megabytes))
+    progress(2, 2)
+    return peak, result, torch.get_num_threads()
+
+
+def test_peak_of_a_known_number_of_bytes():
+    allocate(200)
+    for megabytes in (64, 96):
+        peak, whole, result = peak_memory(lambda megabytes=megabytes: allocate(megabytes))
+        assert abs(peak - megabytes * MB) < 8 * MB
+        assert whole > peak
+        assert result == megabytes * MB // 8
+
+
+def test_what_is_held_before_does_not_count():
+    held = torch.ones(64 * MB // 4)
+    peak, whole, _ = peak_memory(lambda: held.sum().item())
+    assert peak < 8 * MB
+    assert whole > 64 * MB
+
+
+def test_own_process_gives_result_progress_and_threads():
+    told = []
+    peak, result, threads = in_own_process(allocate_and_tell, 64, progress=lambda *a: told.append(a))
+    assert abs(peak - 64 * MB) < 8 * MB
+    assert result == 64 * MB // 8
+    assert told == [(1, 2), (2, 2)]
+    assert threads == torch.get_num_threads()
+
+
+@pytest.mark.parametrize("keep", [None, False])
+def test_own_process_has_the_allocator_it_is_given(keep):
+    kept = keep_freed_memory()
+    assert in_own_process(is_freed_memory_kept, keep=keep) is (kept if keep is None else False)
+
+
+def fail(how: str) -> None:
+    if how == "value":
+        raise ValueError("value = 3: must be 4")
+    if how == "memory":
+        raise torch.OutOfMemoryError("tried to allocate")
+    if how == "cpu memory":
+        torch.empty(1 << 60)
+    if how == "bug":
+        raise KeyError("a bug")
+    if how == "interrupted":
+        raise KeyboardInterrupt
+    if how == "killed":
+        signal.raise_signal(signal.SIGKILL)
+    os._exit(3)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "text"),
+    [
+        ("value", ValueError, "^value = 3: must be 4$"),
+        ("memory", ChildProcessError, "out of memory"),
+        ("cpu memory", ChildProcessError, "out of memory"),
+        ("bug", RuntimeError, "KeyError: 'a bug'"),
+    ],
+)
+def test_failures_are_told(how, error, text):
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    _child(theirs, (torch.get_num_threads(), False), fail, (how,), False)
+    kind, message, *_ = ours.recv()
+    with pytest.raises(error, match=text):
+        raise {"value": ValueError, "memory": ChildProcessError, "error": RuntimeError}[kind](message)
+
+
+@pytest.mark.parametrize(
+    ("how", "error", "text"),
+    [
+        ("bug", RuntimeError, "KeyError: 'a bug'"),
+        ("killed", ChildProcessError, "killed by signal 9"),
+        ("interrupted", ChildProcessError, "ended with code 0"),
+        ("exit", ChildProcessError, "ended with code 3"),
+    ],
+)
+def test_ends_of_a_process_of_its_own(how, error, text):
+    with pytest.raises(error, match=text) as caught:
+        in_own_process(fail, how)
+    if how == "bug":
+        assert "in fail" in caught.value.__notes__[0]
+
+
+def test_devices_whose_peak_nothing_tells():
+    check_device("cpu")
+    with pytest.raises(ValueError, match="device = 'mps'"):
+        check_device("mps")
