@@ -36,6 +36,7 @@ from resonance_nn.ops import (
     short_conv,
     short_conv_reference,
     silu_gate,
+    squared_relu,
     swiglu,
     unit,
 )
@@ -230,6 +231,10 @@ def step_reference(state: Tensor, **inputs: Tensor) -> tuple[Tensor, Tensor]:
     return y[:, 0], S
 
 
+def squared_relu_reference(x: Tensor) -> Tensor:
+    return F.relu(x).square()
+
+
 def swiglu_reference(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate) * up
@@ -257,6 +262,13 @@ CASES = (
         silu_gate,
         lambda x, gate: x * F.silu(gate),
         elementwise(3, 5, lambda s: s.width),
+    ),
+    Case(
+        "squared_relu",
+        lambda s: {"x": torch.randn(s.batch, s.length, 4 * s.width)},
+        squared_relu,
+        squared_relu_reference,
+        elementwise(2, 3, lambda s: 4 * s.width),
     ),
     Case(
         "swiglu",
