@@ -69,12 +69,13 @@ class Contestant:
         """
         if self.fields is None:
             fields = {"mlp": MLP, **{name: value for name, value in COMPLEX.items() if name != "mixers"}}
-            size: dict[str, Any] = {
-                "hidden_size": shape.hidden_size,
-                "layers": shape.layers,
-                "vocab_size": shape.vocab_size,
-            }
-            options = ModelOptions(**size, mixers=COMPLEX["mixers"], overrides=fields)
+            options = ModelOptions(
+                hidden_size=shape.hidden_size,
+                layers=shape.layers,
+                vocab_size=shape.vocab_size,
+                mixers=COMPLEX["mixers"],
+                overrides=fields,
+            )
             llama = build_alone("llama", options, shape.length)
             head = llama.get_output_embeddings()  # its weight is the embedding's
             for module in llama.modules():
