@@ -44,6 +44,7 @@ FLAGS = {
     "bench": "",
     "bench ablation": "--ablations --data --tokens --seeds --hidden-size --layers --vocab-size --seq-len --lr "
     "--threads --device --output-dir --resume --overwrite --json",
+    "bench all": "--output-dir --full --only --resume --json",
     "bench capacity": "--dims --pairs --trials --seed --full --json --plot",
     "bench context": f"--prefill --train --chunk --no-gradient-checkpointing {COMMON_MODELS}",
     "bench decode": "--contexts --full --batch-sizes --tokens --peer-max-context --read-tokens --generate --repeats "

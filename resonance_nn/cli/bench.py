@@ -6,6 +6,7 @@ import typer
 
 from resonance_nn.cli import (
     bench_ablation,
+    bench_all,
     bench_capacity,
     bench_context,
     bench_decode,
@@ -28,6 +29,7 @@ def suites(context: typer.Context) -> None:
         typer.echo(context.get_help())
 
 
+bench.command("all")(bench_all.run_all)
 bench.command()(bench_ablation.ablation)
 bench.command()(bench_capacity.capacity)
 bench.command()(bench_context.context)
