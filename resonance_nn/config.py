@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 DERIVED: Any = None  # a field left out: __post_init__ derives it from the width
 CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
     "filters": ("head", "channel"),
-    "output_norm": ("none", "head", "gated"),
+    "output_norm": ("head", "gated", "none"),
     "mlp": ("relu2", "swiglu"),
     "erase": ("delta", "gated", "hermitian", "none"),
     "decay": ("head", "channel", "none"),
@@ -133,7 +133,7 @@ class ResonanceConfig(PreTrainedConfig):
     num_groups: int | None = 1
     normalize_gates: bool = True
     activate_values: bool = False
-    output_norm: str = "none"
+    output_norm: str = "head"
     conv_bias: bool = False
     time_step_limit: tuple[float, float] | None = None
     initial_step: tuple[float, float] | None = None

@@ -35,7 +35,7 @@ MAMBA2 = dict(
 VARIANTS: list[tuple[str, dict[str, Any]]] = [  # every causal mixer as it comes, and its options that change the state
     *((name, {}) for name, mixer in MIXERS.items() if mixer.causal),
     ("resonance", {"filters": "channel"}),
-    ("spectral_gate", {"rotation": "step", "num_groups": None, "output_norm": "head"}),
+    ("spectral_gate", {"rotation": "step", "num_groups": None, "output_norm": "none"}),
     ("spectral_gate", MAMBA2),
     ("spectral_gate", {"rotation": "token", "frequency_mixing": True, "expand": 2}),
     ("spectral_gate", {"num_groups": None, "frequency_mixing": True, "mode_fraction": 0.4, "entropy_weight": 0.1}),

@@ -98,7 +98,7 @@ def test_parameters():
     shared = {name: tuple(p.shape) for name, p in make_mixer("spectral_gate").named_parameters()}
     assert shared["in_proj.weight"] == (32 + 2 * 16 + 32, 32)
     assert "frequency" not in shared
-    mixer = make_mixer("spectral_gate", rotation="step", num_groups=None, output_norm="head")
+    mixer = make_mixer("spectral_gate", rotation="step", num_groups=None)
     assert {name: tuple(p.shape) for name, p in mixer.named_parameters()} == {
         "in_proj.weight": (32 + 4 * 16 + 32, 32),
         "step_proj.weight": (2, 32),

@@ -22,22 +22,24 @@ if TYPE_CHECKING:
 class SpectralGateMixer(Mixer):
     """The operator of ``ops.semiseparable`` with gates that depend on the token:
 
-        v, b, c = silu(shortconv(W x))          b_t, c_t complex, N modes a head, normalised to |·| = 1
+        v, b, c = shortconv(W x)                b, c through silu, normalised to |·| = 1; complex, N modes
         δ_t     = softplus(W_δ x + bias)        step, per head: scales damping and rotation
         Λ_t     = exp(δ_t (−a + iω_n))          a = softplus(·) one a head, ω_n learned per head
         S_t     = Λ_t ∘ S_{t−1} + δ_t b_t ⊗ v_t
         y       = W_o( RMSNorm(Re(c_t^H S_t) + d ∘ v_t) ∘ silu(W_z x) )     a norm a head, one weight for all
 
-    so b_t and c_t gate magnitude and phase of each frequency, and δ_t decides how far the oscillators turn: a token
-    can rotate the state, which real, positive decays cannot. Angles add up over tokens, so δ is computed in float32 or
-    wider under autocast too: in bfloat16 its rounding alone would blur the phase by 0.1 radians within a chunk.
+    As it comes ω = 0 (2N real modes), and b and c are shared by all heads. With ω, b_t and c_t gate magnitude and phase
+    of each frequency, and δ_t decides how far the oscillators turn: a token can rotate the state, which real, positive
+    decays cannot. Angles add up over tokens, so δ is computed in float32 or wider then, under autocast too: in bfloat16
+    its rounding alone would blur the phase by 0.1 radians within a chunk.
 
     Options, by their fields of the config:
 
-        rotation            "none": 2N real modes, no ω.  "token": angle δ_t ω_n + π tanh(W_φ x), W_φ = 0 at first
+        rotation            "none": 2N real modes, no ω.  "step": as above.  "token": angle δ_t ω_n + π tanh(W_φ x), W_φ = 0 at first
         expand, num_groups  heads of P = expand·D/H channels; b and c shared by the H/G heads of a group
         normalize_gates     False: b and c as they are
-        output_norm         "gated": RMSNorm in G groups of the gated output, (y + d ∘ v) ∘ silu(W_z x), before W_o
+        activate_values     v through silu too
+        output_norm         "gated": RMSNorm in G groups of the gated output, (y + d ∘ v) ∘ silu(W_z x), before W_o; "none"
         conv_bias, time_step_limit    a bias before silu; δ clamped to (low, high)
         frequency_mixing    c_t^H (I + C) S_t is read, C complex N×N, one a head, 0 at first: (I + C)^H c_t for c_t
         mode_fraction       read the k = ⌈ρN⌉ modes of largest |c_t,n| only, see :func:`keep_largest`
