@@ -35,11 +35,13 @@ class SpectralGateMixer(Mixer):
 
     Options, by their fields of the config:
 
-        rotation            "none": 2N real modes, no ω.  "step": as above.  "token": angle δ_t ω_n + π tanh(W_φ x), W_φ = 0 at first
+        rotation            "none": 2N real modes, no ω.  "step": as above.
+                            "token": angle δ_t ω_n + π tanh(W_φ x), W_φ = 0 at first
         expand, num_groups  heads of P = expand·D/H channels; b and c shared by the H/G heads of a group
         normalize_gates     False: b and c as they are
         activate_values     v through silu too
-        output_norm         "gated": RMSNorm in G groups of the gated output, (y + d ∘ v) ∘ silu(W_z x), before W_o; "none"
+        output_norm         "gated": RMSNorm in G groups of the gated output, (y + d ∘ v) ∘ silu(W_z x), before W_o;
+                            "none": no norm
         conv_bias, time_step_limit    a bias before silu; δ clamped to (low, high)
         frequency_mixing    c_t^H (I + C) S_t is read, C complex N×N, one a head, 0 at first: (I + C)^H c_t for c_t
         mode_fraction       read the k = ⌈ρN⌉ modes of largest |c_t,n| only, see :func:`keep_largest`
