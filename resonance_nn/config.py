@@ -19,7 +19,7 @@ SIZES: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 1536, "num_hidden_layers": 32},
     "xlarge": {"hidden_size": 2048, "num_hidden_layers": 40},
 }
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DERIVED: Any = None  # a field left out: __post_init__ derives it from the width
 CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
     "filters": ("head", "channel"),
@@ -220,7 +220,7 @@ class ResonanceConfig(PreTrainedConfig):
         overrides = {name: kwargs.pop(name) for name in list(kwargs) if name in own}
         if overrides.keys() & {"num_heads", "num_attention_heads"}:
             config_dict = {k: v for k, v in config_dict.items() if k not in ("num_heads", "num_attention_heads")}
-        return super().from_dict({**config_dict, **overrides}, **kwargs)
+        return super().from_dict({**_upgraded(config_dict), **overrides}, **kwargs)
 
     @classmethod
     def own_fields(cls) -> set[str]:
@@ -350,3 +350,13 @@ def _default_heads(hidden_size: int) -> int:
         if isinstance(hidden_size, int) and hidden_size % channels == 0:
             return hidden_size // channels
     return 1
+
+
+def _upgraded(fields: dict[str, Any]) -> dict[str, Any]:
+    """A saved configuration of format 1 as one of format 2, which has fields for what was fixed before."""
+    if fields.get("format_version") != 1:
+        return fields
+    fields = {"mlp": "swiglu", "activate_values": True, **fields, "format_version": FORMAT_VERSION}
+    if fields.get("rotation") is None:  # a mixer's own
+        fields["rotation"] = "step" if any("spectral_gate" in name for name in fields["mixers"]) else "none"
+    return fields

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pytest
@@ -186,3 +187,18 @@ def test_export_with_and_without_a_mask():
                 exported = torch.export.export(model, (), kwargs={**inputs, "use_cache": False})
                 result = exported.module()(**inputs, use_cache=False)
                 assert relative(result.logits, model(**inputs).logits) < 1e-5
+
+
+@pytest.mark.parametrize(("mixer", "rotation"), [("spectral_gate", "step"), ("holographic", "none")])
+def test_configurations_of_format_1_keep_their_meaning(mixer: str, rotation: str, tmp_path):
+    """What had no field then, or was left to the mixer, is what it was; a later save is of the present format."""
+    config = small_config((mixer,), mlp="swiglu", activate_values=True, rotation=rotation, num_groups=2)
+    model = ResonanceForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    old = {k: v for k, v in saved.items() if k not in ("mlp", "activate_values")} | {"rotation": None}
+    (tmp_path / "config.json").write_text(json.dumps(old | {"format_version": 1}))
+    loaded = ResonanceForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(0, 61, (1, 9))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert (loaded.config.format_version, loaded.config.rotation) == (2, rotation)
