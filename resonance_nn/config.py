@@ -184,8 +184,8 @@ class ResonanceConfig(PreTrainedConfig):
             self.num_heads = _default_heads(self.hidden_size)
         self._validate()
         if self.intermediate_size is DERIVED:
-            twelfths = 48 if self.mlp == "relu2" else 32
-            self.intermediate_size = -(-twelfths * self.hidden_size // (12 * 64)) * 64
+            inner = 4 * self.hidden_size if self.mlp == "relu2" else -(-8 * self.hidden_size // 3)
+            self.intermediate_size = -(-inner // 64) * 64
         if self.num_modes is DERIVED:
             self.num_modes = max(1, self.hidden_size // self.num_heads // 2)
         if self.num_groups is None:
@@ -356,7 +356,13 @@ def _upgraded(fields: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration of format 1 as one of format 2, which has fields for what was fixed before."""
     if fields.get("format_version") != 1:
         return fields
-    fields = {"mlp": "swiglu", "activate_values": True, **fields, "format_version": FORMAT_VERSION}
-    if fields.get("rotation") is None:  # a mixer's own
-        fields["rotation"] = "step" if any("spectral_gate" in name for name in fields["mixers"]) else "none"
+    fields = {"mlp": "swiglu", "activate_values": True, "num_groups": None, **fields, "format_version": FORMAT_VERSION}
+    if fields.get("rotation") is None:  # it was "step" in one mixer and "none" in the other
+        mixers = str(fields.get("mixers", "spectral_gate"))
+        if "spectral_gate" in mixers and "holographic" in mixers:
+            raise ValueError(
+                "rotation = None in a configuration of format 1 with both spectral_gate and holographic: it meant 'step' "
+                "in the one and 'none' in the other, which one field cannot say; train it anew"
+            )
+        fields["rotation"] = "step" if "spectral_gate" in mixers else "none"
     return fields

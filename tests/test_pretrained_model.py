@@ -202,3 +202,10 @@ def test_configurations_of_format_1_keep_their_meaning(mixer: str, rotation: str
     ids = torch.randint(0, 61, (1, 9))
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert (loaded.config.format_version, loaded.config.rotation) == (2, rotation)
+
+
+def test_a_configuration_of_format_1_that_meant_two_things_is_refused():
+    old = {"format_version": 1, "mixers": ["spectral_gate", "holographic"], "rotation": None}
+    with pytest.raises(ValueError, match="which one field cannot say"):
+        ResonanceConfig.from_dict(old)
+    assert ResonanceConfig.from_dict({"format_version": 1}).rotation == "step"

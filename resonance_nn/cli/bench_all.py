@@ -49,7 +49,7 @@ def run_all(
     ] = False,
     json_path: JsonOption = None,
 ) -> None:
-    """Every suite one after the other, in up to 30 minutes on 2 cores; a table of all figures at the end.
+    """Every suite one after the other, sized for 30 minutes on 2 cores; a table of all figures at the end.
 
     A suite that fails is named with its reason, the others still run, and the exit code is 1.
     """

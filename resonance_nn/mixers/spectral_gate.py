@@ -193,9 +193,8 @@ class SpectralGateMixer(Mixer):
         """δ_t and log|Λ_t| (B, L, H), and the angles of Λ_t: (B, L, H, N); with rotation "step" δ_t, to be multiplied
         by the frequencies; None for real modes."""
         wide = wide_dtype(x)
-        linear = F.linear if self.rotation == "none" else wide_linear
-        weight = self.step_proj.weight
-        step = linear(x, weight.to(x.dtype) if self.rotation == "none" else weight).to(wide)
+        weight, turning = self.step_proj.weight, self.rotation != "none"
+        step = wide_linear(x, weight) if turning else F.linear(x, weight.to(x.dtype)).to(wide)
         delta = F.softplus(step + self.step_bias.to(wide))  # (B, L, H)
         if self.time_step_limit is not None:
             delta = delta.clamp(*self.time_step_limit)
