@@ -361,8 +361,8 @@ def _upgraded(fields: dict[str, Any]) -> dict[str, Any]:
         mixers = str(fields.get("mixers", "spectral_gate"))
         if "spectral_gate" in mixers and "holographic" in mixers:
             raise ValueError(
-                "rotation = None in a configuration of format 1 with both spectral_gate and holographic: it meant 'step' "
-                "in the one and 'none' in the other, which one field cannot say; train it anew"
+                "rotation = None in a configuration of format 1 with both spectral_gate and holographic: it meant "
+                "'step' in the one and 'none' in the other, which one field cannot say; train it anew"
             )
         fields["rotation"] = "step" if "spectral_gate" in mixers else "none"
     return fields
