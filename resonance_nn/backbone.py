@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from resonance_nn.allocator import release_freed_memory
-from resonance_nn.layers import MLPS, RMSNorm
+from resonance_nn.layers import MLPS, ResidualRMSNorm, RMSNorm
 from resonance_nn.mixers import build_mixer
 from resonance_nn.mixers.base import RightPadding, State, leading_reset
 
@@ -30,9 +30,9 @@ class Block(nn.Module):
 
     def __init__(self, config: ResonanceConfig, layer_idx: int) -> None:
         super().__init__()
-        self.mixer_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mixer_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps)
         self.mixer = build_mixer(config.layer_mixers[layer_idx], config, layer_idx)
-        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp_norm = ResidualRMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = MLPS[config.mlp](config.hidden_size, config.intermediate_size)
         self.dropout = config.dropout
         # transformers' activation_checkpointing_enable() sets both, in every n-th block
@@ -49,11 +49,12 @@ class Block(nn.Module):
         return_losses: bool,
     ) -> tuple[Tensor, State | None, list[Tensor] | None]:
         losses: list[Tensor] | None = [] if return_losses else None
+        x, normed = self.mixer_norm(x)
         y, state = self.mixer.mix(
-            self.mixer_norm(x), length=length, reset=reset, state=state, return_state=return_state, losses=losses
+            normed, length=length, reset=reset, state=state, return_state=return_state, losses=losses
         )
-        x = x + F.dropout(y, self.dropout, self.training).to(x.dtype)
-        y = self.mlp(self.mlp_norm(x))
+        x, normed = self.mlp_norm(x, F.dropout(y, self.dropout, self.training))
+        y = self.mlp(normed)
         return x + F.dropout(y, self.dropout, self.training).to(x.dtype), state, losses
 
     def run(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from resonance_nn.ops.elementwise import rms_norm, short_conv, squared_relu, swiglu
+from resonance_nn.ops.elementwise import add_rms_norm, rms_norm, short_conv, squared_relu, swiglu
 from resonance_nn.ops.precision import autocast_dtype, wide_dtype
 
 
@@ -20,6 +20,14 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return rms_norm(x, self.weight, self.eps, autocast_dtype(x))
+
+
+class ResidualRMSNorm(RMSNorm):
+    """The next step of a residual stream: x + y, in x's dtype, and its RMSNorm; y is what the branch before returned,
+    None at the start."""
+
+    def forward(self, x: Tensor, y: Tensor | None = None) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return add_rms_norm(x, y, self.weight, self.eps, autocast_dtype(x))
 
 
 class GroupedRMSNorm(RMSNorm):

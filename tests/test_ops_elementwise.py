@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from resonance_nn.ops import (
+    add_rms_norm,
+    blocks,
     rms_norm,
     rms_norm_reference,
     semiseparable_chunked,
@@ -66,6 +68,35 @@ def test_rms_norm_of_slices_zeros_and_into_another_dtype():
         with_gradients(rms_norm_reference, half, torch.ones(64), eps=1e-6),
         1e-2,
     )
+
+
+@pytest.mark.parametrize("block", [1, 40, 1 << 20])
+@pytest.mark.parametrize(("dtype", "branch"), [*((d, d) for d in TOLERANCE), (torch.float32, torch.bfloat16)])
+def test_add_rms_norm(dtype: torch.dtype, branch: torch.dtype, block: int, monkeypatch: pytest.MonkeyPatch):
+    """The stream and its norm, both used and each alone, whole and in blocks of rows (the last one smaller)."""
+    monkeypatch.setattr(blocks, "BLOCK_ELEMENTS", block)
+    x, y, weight = torch.randn(2, 7, 8, dtype=dtype), torch.randn(2, 7, 8, dtype=branch), torch.randn(8, dtype=dtype)
+
+    def reference(x: Tensor, y: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        x = x if y is None else x + y.to(x.dtype)
+        return x, rms_norm_reference(x, weight, eps)
+
+    for used in ((0, 1), (0,), (1,)):
+        for second in (y, None):
+            if used == (0,) and second is None:
+                continue
+
+            def of(op, x: Tensor, y: Tensor | None, weight: Tensor, used: tuple[int, ...] = used) -> Tensor:
+                outputs = op(x, y, weight, eps=1e-6)
+                return torch.cat([outputs[i] for i in used], dim=-1) + 0 * weight.sum()
+
+            fast, exact = (
+                with_gradients(lambda *t, op=op: of(op, *t), x, second, weight) for op in (add_rms_norm, reference)
+            )
+            check(fast, exact, TOLERANCE[dtype])
+    with torch.no_grad():
+        for a, b in zip(add_rms_norm(x, y, weight, 1e-6), reference(x, y, weight, 1e-6), strict=True):
+            assert relative(a, b) < TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -194,7 +194,7 @@ def _inputs(model: ResonanceForCausalLM, parts: Sequence[Part], ids: Tensor) -> 
     heard: dict[int, Tensor] = {}
 
     def listen(i: int) -> Callable[..., None]:
-        return lambda module, args, output: heard.__setitem__(i, output)
+        return lambda module, args, output: heard.__setitem__(i, output[1] if isinstance(output, tuple) else output)
 
     hooks = [part.norm.register_forward_hook(listen(i)) for i, part in enumerate(parts)]
     try:

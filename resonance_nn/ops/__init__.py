@@ -9,6 +9,7 @@ from resonance_nn.ops.continued_fraction import (
 )
 from resonance_nn.ops.cross_entropy import linear_cross_entropy, linear_cross_entropy_reference, logits_cross_entropy
 from resonance_nn.ops.elementwise import (
+    add_rms_norm,
     rms_norm,
     rms_norm_reference,
     short_conv,
@@ -74,6 +75,7 @@ __all__ = [
     "Hamiltonian",
     "ResolventState",
     "Resonators",
+    "add_rms_norm",
     "bind",
     "birman_schwinger",
     "causal_conv_reference",

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from resonance_nn.ops.blocks import in_blocks, row_blocks
 from resonance_nn.ops.precision import wide_dtype, without_autocast
 
 
@@ -22,7 +23,6 @@ def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
     return (wide / (wide.square().mean(-1, keepdim=True) + eps).sqrt() * weight.to(wide.dtype)).to(dtype or x.dtype)
 
 
-@without_autocast
 def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """x / √(mean(x²) + eps) ∘ weight over the last dimension (Zhang & Sennrich 2019), in float32 or wider.
 
@@ -32,10 +32,20 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = 
         eps: what is added to the mean square.
         dtype: of the result; None is x's.
     """
-    if not torch.is_grad_enabled() and weight.dtype == x.dtype:
-        return F.rms_norm(x, weight.shape, weight, eps).to(dtype or x.dtype)
-    result = _RMSNorm.apply(x, weight, eps, dtype or x.dtype)
-    assert isinstance(result, Tensor)
+    return add_rms_norm(x, None, weight, eps, dtype)[1]
+
+
+@without_autocast
+def add_rms_norm(
+    x: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """x + y and its :func:`rms_norm`: a residual stream after the branch y (…, D), or None, and what the next branch
+    sees of it. In x's dtype the first, in ``dtype`` the second. The gradients of both are added as they are formed."""
+    if not torch.is_grad_enabled() and weight.dtype == x.dtype and not in_blocks(x):
+        x = x if y is None else x + y.to(x.dtype)
+        return x, F.rms_norm(x, weight.shape, weight, eps).to(dtype or x.dtype)
+    result = _AddRMSNorm.apply(x, y, weight, eps, dtype or x.dtype)
+    assert isinstance(result, tuple)
     return result
 
 
@@ -47,34 +57,53 @@ def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
     return rms_norm(x, x.new_full((K,), K**-0.5, dtype=wide_dtype(x)), eps / K)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """With r = 1/√(mean(x²) + eps), x̂ = r x and h = w ∘ dy: dx = r (h − x̂ mean(h ∘ x̂)), which is the gradient of a
-    layer norm whose mean is 0, but for the term −r mean(h) that the mean's own dependence on x adds there."""
+class _AddRMSNorm(torch.autograd.Function):
+    """With r = 1/√(mean(x²) + eps), x̂ = r x and h = w ∘ dy: dx = r (h − x̂ mean(h ∘ x̂)), dw = Σ dy ∘ x̂."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
-        wide = wide_dtype(x)
-        square = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide).square_()
-        r = square.div_(x.shape[-1]).add_(eps).rsqrt_()  # (…, 1)
-        ctx.save_for_backward(x, weight, r)
-        ctx.dtype = x.dtype
-        y = x.to(wide) * r
-        return y.mul_(weight).to(dtype)
+    def forward(
+        ctx: Any, x: Tensor, y: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        total = x if y is None else torch.empty_like(x, memory_format=torch.contiguous_format)
+        normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+        r = torch.empty(*x.shape[:-1], 1, dtype=wide_dtype(x), device=x.device)
+        for x_, y_, total_, normed_, r_ in row_blocks(x, y, total, normed, r):
+            if y_ is not None:
+                torch.add(x_, y_.to(x.dtype), out=total_)
+            torch.linalg.vector_norm(total_, dim=-1, keepdim=True, dtype=r.dtype, out=r_)
+            r_.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+            normed_.copy_((total_.to(r.dtype) * r_).mul_(weight))
+        ctx.save_for_backward(total, weight, r)
+        ctx.dtypes = x.dtype, None if y is None else y.dtype
+        ctx.set_materialize_grads(False)
+        return total, normed
 
     @staticmethod
     @once_differentiable
     @without_autocast
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_total: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, weight, r = ctx.saved_tensors
-        grad, x, w = grad.to(r.dtype).contiguous(), x.to(r.dtype).contiguous(), weight.to(r.dtype)
-        dx = dw = None
-        if ctx.needs_input_grad[0]:
-            zero = torch.zeros_like(r)
-            dx = torch.ops.aten.native_layer_norm_backward(grad, x, w.shape, zero, r, w, None, [True, False, False])[0]
-            dx = dx.add_((grad @ w)[..., None].mul_(r).div_(w.shape[0])).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:  # not by that kernel: there it would depend on the number of threads
-            dw = torch.mul(grad, x).mul_(r).view(-1, w.shape[0]).sum(0).to(weight.dtype)
-        return dx, dw, None, None
+        of_x, of_y = ctx.dtypes
+        if grad is None:
+            return grad_total, None if grad_total is None or of_y is None else grad_total.to(of_y), None, None, None
+        w, D = weight.to(r.dtype), weight.shape[0]
+        dx = torch.empty(x.shape, dtype=of_x, device=x.device)
+        dy = dx if of_y == of_x else None if of_y is None else torch.empty_like(dx, dtype=of_y)
+        dw = torch.zeros_like(w) if ctx.needs_input_grad[2] else None
+        for x_, r_, grad_, total_, dx_, dy_ in row_blocks(x, r, grad, grad_total, dx, dy):
+            x_, h = x_.to(r.dtype), grad_.to(r.dtype, copy=True)
+            p = torch.mul(h, x_).mul_(r_)  # dy ∘ x̂
+            if dw is not None:
+                dw += p.sum(0)
+            pull = (p @ w)[:, None].mul_(r_).mul_(r_).div_(-D)  # −r² mean(h ∘ x̂)
+            h.mul_(w)
+            if total_ is None:
+                dx_.copy_(h.mul_(r_).addcmul_(x_, pull))
+            else:
+                dx_.copy_(torch.addcmul(total_, x_, pull).addcmul_(h, r_))
+            if dy_ is not None and dy is not dx:
+                dy_.copy_(dx_)
+        return dx, dy, None if dw is None else dw.to(weight.dtype), None, None
 
 
 def silu_gate(x: Tensor, gate: Tensor) -> Tensor:
@@ -148,7 +177,7 @@ class _SquaredReLU(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (y,) = ctx.saved_tensors
-        return y.sqrt().mul_(grad).mul_(2)
+        return torch.addcmul(y.new_zeros(()), y.sqrt(), grad, value=2)
 
 
 def short_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
