@@ -4,6 +4,7 @@ from resonance_nn.cache import ResonanceCache
 from resonance_nn.config import SIZES, ResonanceConfig
 from resonance_nn.mixers import MIXERS
 from resonance_nn.models import ResonanceForCausalLM, ResonanceModel, load_mamba2_layer, mamba2_config
+from resonance_nn.packing import pack_weights
 
 __version__ = "0.1.0"
 
@@ -16,4 +17,5 @@ __all__ = [
     "ResonanceModel",
     "load_mamba2_layer",
     "mamba2_config",
+    "pack_weights",
 ]

@@ -53,9 +53,11 @@ class Block(nn.Module):
         y, state = self.mixer.mix(
             normed, length=length, reset=reset, state=state, return_state=return_state, losses=losses
         )
-        x, normed = self.mlp_norm(x, F.dropout(y, self.dropout, self.training))
-        y = self.mlp(normed)
-        return x + F.dropout(y, self.dropout, self.training).to(x.dtype), state, losses
+        x, normed = self.mlp_norm(x, self._drop(y))
+        return x + self._drop(self.mlp(normed)).to(x.dtype), state, losses
+
+    def _drop(self, y: Tensor) -> Tensor:
+        return F.dropout(y, self.dropout) if self.dropout > 0 and self.training else y
 
     def run(
         self,

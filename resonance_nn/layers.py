@@ -99,12 +99,11 @@ class ShortConv(nn.Module):
             y, window = short_conv(x, self.weight, self.bias, reset), x
         else:
             window = torch.cat((tail.to(x.dtype), x), dim=1)
-            if x.shape[1] == 1 and reset is None:  # decoding
+            if x.shape[1] == 1 and reset is None and length is None:  # decoding
                 y = (window * self.weight.to(x.dtype).flip(0)).sum(1, keepdim=True)
-                y = y if self.bias is None else y + self.bias.to(x.dtype)
-            else:
-                begins = None if reset is None else F.pad(reset, (tail.shape[1], 0))
-                y = short_conv(window, self.weight, self.bias, begins)[:, tail.shape[1] :]
+                return y if self.bias is None else y + self.bias.to(x.dtype), window[:, 1:]
+            begins = None if reset is None else F.pad(reset, (tail.shape[1], 0))
+            y = short_conv(window, self.weight, self.bias, begins)[:, tail.shape[1] :]
         return y, self._tail(window, x.shape[1], reset, length)
 
     def _tail(self, window: Tensor, L: int, reset: Tensor | None, length: Tensor | None) -> Tensor:

@@ -4,7 +4,7 @@ Greedy decoding through each model's forward and cache. ``generate()`` adds the 
 Our state is what a model has after really reading the context (one sequence, repeated for a batch). The keys and values
 of Llama are random numbers of the right shape and dtype: attention takes as long over them as over computed ones. Llama
 runs with its ``DynamicCache``, which copies all keys and values at every token, and with its ``StaticCache``, which
-does not; the faster one counts.
+does not; the faster one counts. On a CPU the weights of both lie as its matmul kernels read them.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from resonance_nn.bench.peers import PEER
 from resonance_nn.cache import ResonanceCache
 from resonance_nn.generation import PREFILL_CHUNK, prefill
 from resonance_nn.models import ResonanceForCausalLM
+from resonance_nn.packing import pack_weights
 
 FULL_CONTEXTS = (1024, 4096, 16_384, 65_536, 262_144, 1_048_576)
 METRIC = "ms a token"
@@ -57,6 +58,7 @@ class DecodeOptions(ModelOptions):
         peer_max_context: the longest context of the peer; 0 leaves it out.
         read_tokens: how much of a context is really read by ours, at most; None means all of it.
         generate: time ``generate()`` end to end too.
+        packed: prepare both models with ``pack_weights``, as ``resonance generate`` does; on a CPU only.
     """
 
     contexts: Sequence[int] = (1024, 4096, 16_384)
@@ -66,6 +68,7 @@ class DecodeOptions(ModelOptions):
     peer_max_context: int = 65_536
     read_tokens: int | None = None
     generate: bool = False
+    packed: bool = True
 
     def check(self) -> None:
         for name in ("contexts", "batch_sizes"):
@@ -151,7 +154,11 @@ def _models(options: DecodeOptions) -> tuple[ResonanceForCausalLM, LlamaForCausa
             "StaticCache": lambda: StaticCache(config=peer.config, max_cache_len=80),
         },
     )
-    return converted(ours, options.dtype), converted(peer, options.dtype)
+    ours, peer = converted(ours, options.dtype), converted(peer, options.dtype)
+    if options.packed:
+        for model in (ours, peer):
+            pack_weights(model)
+    return ours, peer
 
 
 def _measure(

@@ -51,6 +51,10 @@ def decode(
         typer.Option("--read-tokens", help="Of a context really read by ours, at most; default: all.", min=1),
     ] = None,
     generate: Annotated[bool, typer.Option("--generate", help="Time transformers' generate() end to end too.")] = False,
+    packed: Annotated[
+        bool,
+        typer.Option("--packed/--no-packed", help="Weights of both in the order a CPU's kernels read them."),
+    ] = True,
     size: SizeOption = None,
     hidden_size: HiddenSizeOption = None,
     layers: LayersOption = None,
@@ -89,6 +93,7 @@ def decode(
         peer_max_context=peer_max_context,
         read_tokens=read_tokens,
         generate=generate,
+        packed=packed,
     )
     measure(suite, options, _show, json_path, plot)
 

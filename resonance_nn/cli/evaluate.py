@@ -39,10 +39,13 @@ def evaluate(
     from resonance_nn.data import find_documents, split_documents
     from resonance_nn.evaluation import evaluate_documents, report, resolve_device, resolve_precision, row
     from resonance_nn.loading import load_model
+    from resonance_nn.packing import pack_weights
 
     device = resolve_device(device)
     precision = resolve_precision(precision, device)
     lm, tokenizer = load_model(model, dtype=torch.float32, device=device)
+    if precision == "fp32":
+        pack_weights(lm)
     documents = find_documents(data, text_field=text_field, binary=binary, leave_out=model)
     if held_out:
         documents = split_documents(documents)[1]

@@ -284,8 +284,11 @@ def _command(session: Any, line: str) -> bool:
 def _load(name: str, precision: str, device: str) -> tuple[Any, Any]:
     from resonance_nn.evaluation import resolve_device
     from resonance_nn.loading import load_model
+    from resonance_nn.packing import pack_weights
 
-    return load_model(name, dtype=dtype_of(precision), device=resolve_device(device))
+    model, tokenizer = load_model(name, dtype=dtype_of(precision), device=resolve_device(device))
+    pack_weights(model)
+    return model, tokenizer
 
 
 def _seed_once(sampling: Sampling) -> Sampling:

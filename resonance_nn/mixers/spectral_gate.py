@@ -157,9 +157,9 @@ class SpectralGateMixer(Mixer):
         if L == 1 and S is not None and reset is None and length is None:
             if angle is not None:
                 angle = angle[:, 0] if frequency is None else angle[:, 0, :, None] * frequency.to(angle.dtype)
-            u = (v * write[..., None])[:, 0]
-            y, S = semiseparable_step(u, b[:, 0], c[:, 0], log_decay[:, 0], angle, S)
-            y = y.to(v.dtype)[:, None] + direct.to(v.dtype)[..., None] * v
+            value, write = v[:, 0], write[:, 0, :, None]
+            y, S = semiseparable_step(value * write, b[:, 0], c[:, 0], log_decay[:, 0], angle, S)
+            y = torch.addcmul(y, direct[..., None], value).to(z.dtype)[:, None]
         else:
             if own is not None:
                 direct = direct + own * self._overlap(b, c)
@@ -193,9 +193,12 @@ class SpectralGateMixer(Mixer):
         """δ_t and log|Λ_t| (B, L, H), and the angles of Λ_t: (B, L, H, N); with rotation "step" δ_t, to be multiplied
         by the frequencies; None for real modes."""
         wide = wide_dtype(x)
-        weight, turning = self.step_proj.weight, self.rotation != "none"
-        step = wide_linear(x, weight) if turning else F.linear(x, weight.to(x.dtype)).to(wide)
-        delta = F.softplus(step + self.step_bias.to(wide))  # (B, L, H)
+        weight, bias = self.step_proj.weight, self.step_bias.to(wide)
+        if self.rotation != "none" or x.shape[1] == 1:
+            step = wide_linear(x, weight, bias)
+        else:
+            step = F.linear(x, weight.to(x.dtype)).to(wide) + bias
+        delta = F.softplus(step)  # (B, L, H)
         if self.time_step_limit is not None:
             delta = delta.clamp(*self.time_step_limit)
         log_decay = -delta * F.softplus(self.damping.to(wide))

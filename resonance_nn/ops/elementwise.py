@@ -42,8 +42,9 @@ def add_rms_norm(
     """x + y and its :func:`rms_norm`: a residual stream after the branch y (…, D), or None, and what the next branch
     sees of it. In x's dtype the first, in ``dtype`` the second. The gradients of both are added as they are formed."""
     if not torch.is_grad_enabled() and weight.dtype == x.dtype and not in_blocks(x):
-        x = x if y is None else x + y.to(x.dtype)
-        return x, F.rms_norm(x, weight.shape, weight, eps).to(dtype or x.dtype)
+        x = x if y is None else torch.add(x, y.to(x.dtype))
+        normed = F.rms_norm(x, weight.shape, weight, eps)
+        return x, normed if dtype is None else normed.to(dtype)
     result = _AddRMSNorm.apply(x, y, weight, eps, dtype or x.dtype)
     assert isinstance(result, tuple)
     return result
@@ -158,6 +159,8 @@ class _SwiGLU(torch.autograd.Function):
 
 def squared_relu(x: Tensor) -> Tensor:
     """max(x, 0)² (So et al. 2021, Primer). Keeps nothing but its result, which the matmul after it keeps anyway."""
+    if not torch.is_grad_enabled():
+        return x.relu().square_()
     result = _SquaredReLU.apply(x)
     assert isinstance(result, Tensor)
     return result

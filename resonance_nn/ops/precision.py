@@ -55,7 +55,7 @@ def without_autocast(op: Callable[_Arguments, _Result]) -> Callable[_Arguments, 
 
 
 @without_autocast
-def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x W^T in float32 or wider, whatever autocast says: for the few outputs that are summed along the sequence."""
+def wide_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T (+ bias) in float32 or wider, whatever autocast says: for the few outputs that are summed over tokens."""
     wide = wide_dtype(x)
-    return torch.nn.functional.linear(x.to(wide), weight.to(wide))
+    return torch.nn.functional.linear(x.to(wide), weight.to(wide), None if bias is None else bias.to(wide))

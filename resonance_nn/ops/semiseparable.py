@@ -189,15 +189,16 @@ def semiseparable_step(
 ) -> tuple[Tensor, Tensor]:
     """One token of the recurrence: v (B, H, P), b and c (B, G, K), log_decay (B, H), angle (B, H, N) or None,
     state (B, H, K, P) -> y (B, H, P) and the next state. Cost O(K·P) a head, whatever came before."""
-    wide, groups = wide_dtype(v), (b.shape[1], -1)
+    wide, H = wide_dtype(v), v.shape[1]
     S = state.to(wide) * log_decay.to(wide).exp()[..., None, None]
     if angle is not None:
         angle = angle.to(wide)[..., None]
         S = rotate(S, angle.cos(), angle.sin(), dim=-2)
-    written = b.to(wide)[:, :, None, :, None], v.to(wide).unflatten(1, groups)[..., None, :]  # over (B, G, R, K, P)
-    S = torch.addcmul(S.unflatten(1, groups), *written).flatten(1, 2)
-    y = c.to(wide)[:, :, None, None, :] @ S.unflatten(1, (c.shape[1], -1))
-    return y.flatten(1, 3).view(v.shape).to(v.dtype), S
+    if 1 < b.shape[1] < H:  # one group is broadcast
+        b, c = _to_heads(b, H, dim=1), _to_heads(c, H, dim=1)
+    S = torch.addcmul(S, b.to(wide)[..., None], v.to(wide).unsqueeze(-2))
+    y = c.to(wide).unsqueeze(-2) @ S
+    return y.view(v.shape).to(v.dtype), S
 
 
 def _to_heads(x: Tensor, H: int, dim: int = 2) -> Tensor:
