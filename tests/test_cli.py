@@ -47,8 +47,8 @@ FLAGS = {
     "bench all": "--output-dir --full --only --resume --json",
     "bench capacity": "--dims --pairs --trials --seed --full --json --plot",
     "bench context": f"--prefill --train --chunk --no-gradient-checkpointing {COMMON_MODELS}",
-    "bench decode": "--contexts --full --batch-sizes --tokens --peer-max-context --read-tokens --generate --packed --no-packed --repeats "
-    f"{COMMON_MODELS}",
+    "bench decode": "--contexts --full --batch-sizes --tokens --peer-max-context --read-tokens --generate --packed "
+    f"--no-packed --repeats {COMMON_MODELS}",
     "bench mixers": "--length --hidden-size --layers --repeats --tokens-per-batch --dtype --device --json --plot",
     "bench ops": "--ops --tokens --length --hidden-size --heads --vocab-size --repeats --dtype --seed --device --json "
     "--plot",
