@@ -96,11 +96,7 @@ class Chunked(torch.autograd.Function):
         if state is not None or C > 1:
             states = v.new_empty(B, C, G, K, H // G * P)
         carry = carry.view(B, C, G, 1, -1, 1)
-        for j in range(C):
-            if states is not None:
-                states[:, j] = S
-            _per_head(S, P).mul_(carry[:, j])
-            S += writes[:, j]
+        _recur(S, P, carry, writes, states)
         if states is not None:
             reads = _bmm(c, states)  # Z (B, C, G, T, R·P)
         y = _joined(y, from_start, reads)
@@ -121,11 +117,10 @@ class Chunked(torch.autograd.Function):
         into = None if read is None else _bmm(c.mT, read).to(wide)
         running = v.new_zeros(B, G, K, H // G * P, dtype=wide) if grad_S is None else _pack(grad_S.to(wide), G)
         dS = v.new_empty(B, C, G, K, H // G * P)
-        for j in range(C - 1, -1, -1):
-            dS[:, j] = running
-            if into is not None:
-                _per_head(running, P).mul_(carry[:, j])
-                running += into[:, j]
+        if into is None:
+            dS.copy_(running.unsqueeze(1))
+        else:
+            _recur(running, P, carry, into, dS, backwards=True)
 
         dy = _by_group(grad_y, C)  # (B, C, H, T, P)
         d_scores = _bmm(dy, values.mT)  # dA
@@ -165,6 +160,17 @@ class Chunked(torch.autograd.Function):
         d_state = None if of_state is None else _unpack(running, P).to(of_state)
         db, dc = tokens(db).to(of_b), tokens(dc).to(of_b)
         return dv, db, dc, d_cum, d_source, d_target, d_skip, d_theta, d_state, None, None
+
+
+def _recur(S: Tensor, P: int, carry: Tensor, new: Tensor, before: Tensor | None, *, backwards: bool = False) -> None:
+    """S (B, G, K, R·P) ← carry_j S + new_j over the chunks j, in place; ``before`` takes S as each chunk finds it."""
+    heads, chunks = _per_head(S, P), range(new.shape[1])
+    carries, news, found = carry.unbind(1), new.unbind(1), None if before is None else before.unbind(1)
+    for j in reversed(chunks) if backwards else chunks:
+        if found is not None:
+            found[j].copy_(S)
+        heads.mul_(carries[j])
+        S.add_(news[j])
 
 
 def _exp(x: Tensor) -> Tensor:
