@@ -50,7 +50,8 @@ class PackedLinear(nn.Linear):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.weight, self.bias = linear.weight, linear.bias
         self.train(linear.training)
-        self._copy: tuple[tuple[int, int], Tensor] | None = None
+        self._copy: Tensor | None = None
+        self._source: tuple[Tensor | None, int, int] = None, 0, 0  # what the copy is of
         self._packed_weight()
 
     def forward(self, input: Tensor) -> Tensor:
@@ -58,17 +59,28 @@ class PackedLinear(nn.Linear):
         other = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
         if other or input.dtype != weight.dtype or not (input.is_cpu and weight.is_cpu):
             return F.linear(input, weight, self.bias)
-        return torch.ops.mkldnn._linear_pointwise(input, self._packed_weight(), self.bias, "none", [], "")
+        if (packed := self._packed_weight()) is None:
+            return F.linear(input, weight, self.bias)
+        return torch.ops.mkldnn._linear_pointwise(input, packed, self.bias, "none", [], "")
 
-    def _packed_weight(self) -> Tensor:
-        weight = self.weight
-        state = weight.data_ptr(), 0 if weight.is_inference() else weight._version
-        if self._copy is None or self._copy[0] != state:
-            self._copy = state, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
-        return self._copy[1]
+    def _packed_weight(self) -> Tensor | None:
+        """The copy, made anew if the weight has changed; None for a tensor of some other kind (quantised)."""
+        weight, (source, pointer, version) = self.weight, self._source
+        if weight is source and weight.data_ptr() == pointer and _version(weight) == version:
+            return self._copy
+        if type(weight.data) is not Tensor:
+            return None
+        self._source = weight, weight.data_ptr(), _version(weight)
+        self._copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        return self._copy
 
     def __getstate__(self) -> dict[str, Any]:  # the copy cannot be copied or saved, and need not be
-        return {**self.__dict__, "_copy": None}
+        return {**self.__dict__, "_copy": None, "_source": (None, 0, 0)}
+
+
+def _version(weight: Tensor) -> int:
+    """How often the weight has been changed in place; tensors of inference mode do not count."""
+    return 0 if weight.is_inference() else weight._version
 
 
 @lru_cache

@@ -79,6 +79,20 @@ def test_copies_follow_their_weights():
         assert relative(check_again(x), nn.functional.linear(x, check_again[0].weight, check_again[0].bias)) < 1e-5
 
 
+@torch.no_grad()
+def test_a_weight_of_another_kind_is_left_to_itself():
+    """Quantisation puts tensors of its own in a layer's place of the weight."""
+
+    class Quantised(torch.Tensor):
+        pass
+
+    model, x = nn.Sequential(nn.Linear(256, 300, bias=False)), torch.randn(3, 256)
+    pack_weights(model)
+    weight = torch.randn(300, 256)
+    model[0].weight = nn.Parameter(weight.as_subclass(Quantised), requires_grad=False)
+    assert relative(model(x).as_subclass(torch.Tensor), x @ weight.T) < 1e-5
+
+
 def test_models_stay_what_they_are(tmp_path: Path):
     """Ours and transformers': logits, greedy tokens, tied weights, copies, files."""
     ours, ids = small_model(), torch.randint(300, (2, 9))

@@ -206,10 +206,9 @@ def _joined(x: Tensor, rows: Tensor, z: Tensor | None) -> Tensor:
     if z is None:
         return x.transpose(2, 3).reshape(B, C * T, H, P)
     G = rows.shape[2]
-    out = x.new_empty(B, C * T, H, P)
-    view = out.view(B, C, T, G, H // G, P).transpose(2, 3)
-    torch.addcmul(_groups(x, G).transpose(3, 4), rows, _per_head(z, P), out=view)
-    return out
+    parts = _groups(x, G).transpose(3, 4), rows, _per_head(z, P)  # (B, C, G, T, R, P)
+    lies_as_shaped = None if torch.compiler.is_compiling() else x.new_empty(B, C, T, G, H // G, P)
+    return torch.addcmul(*(part.transpose(2, 3) for part in parts), out=lies_as_shaped).reshape(B, C * T, H, P)
 
 
 def _per_head(x: Tensor, P: int) -> Tensor:
