@@ -34,9 +34,7 @@ def pack_weights(model: nn.Module) -> int:
     packed = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if type(child) is not nn.Linear or child.weight.numel() < MIN_ELEMENTS:
-                continue
-            if child.weight.device.type == "cpu" and _has_kernels(child.weight.dtype):
+            if type(child) is nn.Linear and child.weight.numel() >= MIN_ELEMENTS and _can_pack(child.weight):
                 setattr(parent, name, PackedLinear(child))
                 packed += 1
     return packed
@@ -51,36 +49,39 @@ class PackedLinear(nn.Linear):
         self.weight, self.bias = linear.weight, linear.bias
         self.train(linear.training)
         self._copy: Tensor | None = None
-        self._source: tuple[Tensor | None, int, int] = None, 0, 0  # what the copy is of
+        # what the copy is of: the weight, its data, which are kept so that no others take their place, and its version
+        self._source: tuple[Tensor, Tensor, int] | None = None
         self._packed_weight()
 
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight
         other = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-        if other or input.dtype != weight.dtype or not (input.is_cpu and weight.is_cpu):
-            return F.linear(input, weight, self.bias)
-        if (packed := self._packed_weight()) is None:
+        if other or input.dtype != weight.dtype or (packed := self._packed_weight()) is None:
             return F.linear(input, weight, self.bias)
         return torch.ops.mkldnn._linear_pointwise(input, packed, self.bias, "none", [], "")
 
     def _packed_weight(self) -> Tensor | None:
-        """The copy, made anew if the weight has changed; None for a tensor of some other kind (quantised)."""
-        weight, (source, pointer, version) = self.weight, self._source
-        if weight is source and weight.data_ptr() == pointer and _version(weight) == version:
-            return self._copy
-        if type(weight.data) is not Tensor:
+        """The copy, made anew if the weight has changed; None if it has become one that cannot be packed."""
+        weight = self.weight
+        if self._source is not None:
+            source, data, version = self._source
+            if weight is source and weight.data_ptr() == data.data_ptr() and weight._version == version:
+                return self._copy
+        if not _can_pack(weight):
+            self._copy = self._source = None
             return None
-        self._source = weight, weight.data_ptr(), _version(weight)
+        self._source = weight, weight.detach(), weight._version
         self._copy = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         return self._copy
 
     def __getstate__(self) -> dict[str, Any]:  # the copy cannot be copied or saved, and need not be
-        return {**self.__dict__, "_copy": None, "_source": (None, 0, 0)}
+        return {**self.__dict__, "_copy": None, "_source": None}
 
 
-def _version(weight: Tensor) -> int:
-    """How often the weight has been changed in place; tensors of inference mode do not count."""
-    return 0 if weight.is_inference() else weight._version
+def _can_pack(weight: Tensor) -> bool:
+    """A plain tensor (not a quantised one), on a CPU, that counts its changes (as none of inference mode does)."""
+    plain = type(weight.data) is Tensor and weight.is_cpu and not weight.is_inference()
+    return plain and _has_kernels(weight.dtype)
 
 
 @lru_cache
