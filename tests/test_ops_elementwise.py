@@ -99,6 +99,22 @@ def test_add_rms_norm(dtype: torch.dtype, branch: torch.dtype, block: int, monke
             assert relative(a, b) < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("dtype", [*TOLERANCE, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1, 512), (16, 1, 512), (2, 1, 8, 64), (5,)])
+@torch.no_grad()
+def test_norms_in_decoding(shape: tuple[int, ...], dtype: torch.dtype):
+    """Of few rows as of many (16·512 elements), at any size of x, also where eps and where x decides."""
+    tolerance = {**TOLERANCE, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for scale, shift in ((1.0, 0.0), (1e-3, 0.0), (100.0, 0.0), (1.0, 30.0), (0.0, 0.0)):
+        x = (scale * torch.randn(shape) + shift).to(dtype)
+        weight = (1 + torch.randn(shape[-1]) / 4).to(dtype)
+        normed = rms_norm(x, weight, 1e-6)
+        assert (normed.dtype, normed.shape) == (dtype, x.shape)
+        assert relative(normed, rms_norm_reference(x, weight, 1e-6)) < tolerance
+        exact = x.double() / (x.double().square().sum(-1, keepdim=True) + 1e-12).sqrt()
+        assert relative(unit(x), exact.to(dtype)) < tolerance
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 def test_unit(dtype: torch.dtype):
     x = torch.randn(3, 4, 6, dtype=dtype)

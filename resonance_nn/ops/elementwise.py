@@ -16,6 +16,8 @@ from torch.nn import functional as F
 from resonance_nn.ops.blocks import in_blocks, row_blocks
 from resonance_nn.ops.precision import wide_dtype, without_autocast
 
+SMALL_ELEMENTS = 1 << 12  # of which an op's call takes longer than its work
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype | None = None) -> Tensor:
     """The definition. Arguments as :func:`rms_norm`."""
@@ -43,7 +45,7 @@ def add_rms_norm(
     sees of it. In x's dtype the first, in ``dtype`` the second. The gradients of both are added as they are formed."""
     if not torch.is_grad_enabled() and weight.dtype == x.dtype and not in_blocks(x):
         x = x if y is None else torch.add(x, y.to(x.dtype))
-        normed = F.rms_norm(x, weight.shape, weight, eps)
+        normed = _rms_norm(x, weight, eps)
         return x, normed if dtype is None else normed.to(dtype)
     result = _AddRMSNorm.apply(x, y, weight, eps, dtype or x.dtype)
     assert isinstance(result, tuple)
@@ -54,8 +56,18 @@ def unit(x: Tensor, eps: float = 1e-12) -> Tensor:
     """x / √(Σx² + eps) over the last dimension (…, K), in x's dtype."""
     K = x.shape[-1]
     if not torch.is_grad_enabled():
-        return F.rms_norm(x, (K,), None, eps / K).mul_(K**-0.5)
+        return _rms_norm(x, None, eps / K).mul_(K**-0.5)
     return rms_norm(x, x.new_full((K,), K**-0.5, dtype=wide_dtype(x)), eps / K)
+
+
+def _rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """PyTorch's RMSNorm; of few rows on a CPU, where that is nine ops of no work each, its LayerNorm of [x | −x], which
+    has mean 0 and x's mean square for variance, and is one."""
+    D = x.shape[-1]
+    if x.numel() > SMALL_ELEMENTS or x.device.type != "cpu":
+        return F.rms_norm(x, (D,), weight, eps)
+    weight = None if weight is None else torch.cat((weight, weight))
+    return torch.layer_norm(torch.cat((x, -x), dim=-1), (2 * D,), weight, None, eps)[..., :D]
 
 
 class _AddRMSNorm(torch.autograd.Function):

@@ -43,7 +43,9 @@ def without_autocast(op: Callable[_Arguments, _Result]) -> Callable[_Arguments, 
 
     @wraps(op)
     def run(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
-        first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
+        first = args[0] if args else None
+        if not isinstance(first, Tensor):
+            first = next((x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)), None)
         if first is None or first.device.type == "meta":  # shapes only; autocast knows no such device
             return op(*args, **kwargs)
         if not torch.is_autocast_enabled(first.device.type):  # a context costs as much as a small op

@@ -196,7 +196,7 @@ def semiseparable_step(
         S = rotate(S, angle.cos(), angle.sin(), dim=-2)
     if 1 < b.shape[1] < H:  # one group is broadcast
         b, c = _to_heads(b, H, dim=1), _to_heads(c, H, dim=1)
-    S = torch.addcmul(S, b.to(wide)[..., None], v.to(wide).unsqueeze(-2))
+    S.addcmul_(b.to(wide)[..., None], v.to(wide).unsqueeze(-2))
     y = c.to(wide).unsqueeze(-2) @ S
     return y.view(v.shape).to(v.dtype), S
 
