@@ -11,27 +11,29 @@ import torch
 from torch.nn import functional as F
 
 from resonance_nn.bench import ablation
-from resonance_nn.bench.models import count
+from resonance_nn.bench.models import sized
+from resonance_nn.bench.peers import count
+from resonance_nn.bench.text import HELD_OUT, TextTask, text_task
 from resonance_nn.cli import main
 from resonance_nn.data import find_documents
 from resonance_nn.models import ResonanceForCausalLM
 from resonance_nn.progress import TrainingInterrupted
 
-OPTIONS = ablation.AblationOptions(hidden_size=64, layers=2, vocab_size=300, seq_len=64)
+COMMON = ablation._common(ablation.AblationOptions(hidden_size=64, layers=2, vocab_size=300, seq_len=64))
 
 
 @pytest.mark.parametrize("name", ablation.ABLATIONS)
 def test_variants_have_the_parameters_of_their_base_and_train(name: str):
     question = ablation.ABLATIONS[name]
-    options = ablation.AblationOptions()
+    common = ablation._common(ablation.AblationOptions())
     with torch.device("meta"):
         sizes = {
-            label: count(ResonanceForCausalLM(ablation.sized(options, {**question.base, **fields}, question.base)))
+            label: count(ResonanceForCausalLM(sized(common, {**question.base, **fields}, question.base)))
             for label, fields in {"base": {}, **question.variants}.items()
         }
     assert all(abs(size / sizes["base"] - 1) < 0.01 for size in sizes.values()), sizes
     for fields in question.variants.values():
-        config = ablation.sized(OPTIONS, {**question.base, **fields}, question.base)
+        config = sized(COMMON, {**question.base, **fields}, question.base)
         ids = torch.randint(300, (1, 40))
         ResonanceForCausalLM(config).train()(ids, labels=ids).loss.backward()
 
@@ -67,16 +69,16 @@ def test_held_out_loss_is_the_mean_cross_entropy(tmp_path):
     for i in range(30):
         (text / f"{i}.txt").write_text(f"line {i} of many\n" * 50)
     options = ablation.AblationOptions(data=(str(text),), output_dir=tmp_path / "runs", vocab_size=300, seq_len=32)
-    task = ablation._text(options, find_documents([str(text)]))
-    model = ResonanceForCausalLM(ablation.sized(OPTIONS, {}, {})).eval()
-    batch = task.training_batch(np.random.default_rng(0), 320)
+    task = text_task(find_documents([str(text)]), options.output_dir / "data", 32, 300, eval_tokens=64)
+    model = ResonanceForCausalLM(sized(COMMON, {}, {})).eval()
+    batch = task.training_batch(np.random.default_rng(0), 320, 0)
     assert batch.input_ids.shape == (10, 32)
     assert torch.equal(batch.input_ids[:, 1:], batch.targets[:, :-1])
     windows = task._windows(task.held_out, np.arange(2) * 32)
     with torch.no_grad():
         logits = model(windows.input_ids).logits
     expected = F.cross_entropy(logits.flatten(0, 1), windows.targets.flatten())
-    measured = task.measure(model, "held out", None, 64)["loss"]
+    measured = task.measure(model, HELD_OUT, np.random.default_rng(0), 1)["loss"]
     assert abs(measured - float(expected)) < 1e-5
 
 
@@ -104,7 +106,7 @@ def test_runs_are_not_overwritten_unasked(tmp_path, monkeypatch, capsys):
     assert "lr was 0.003 and is 0.001" in capsys.readouterr().err
     assert main([*arguments, "--overwrite", "--lr", "1e-3"]) == 0
     capsys.readouterr()
-    monkeypatch.setattr(ablation.TextTask, "measure", lambda *_: {"loss": math.nan})
+    monkeypatch.setattr(TextTask, "measure", lambda *_: {"loss": math.nan, "bits_per_byte": math.nan})
     assert main([*arguments, "--overwrite"]) == 0
     assert "diverged" in capsys.readouterr().out
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from resonance_nn.bench import learning
+from resonance_nn.bench import learning, tasks
 from resonance_nn.bench.contestants import CONTESTANTS, Shape
 from resonance_nn.bench.learning import Plan, learn
 from resonance_nn.bench.tasks import recall_task, tracking_task
@@ -28,8 +28,8 @@ def build(name: str = "holographic"):
 
 
 def without_clock(result: dict) -> dict:
-    curve = [{k: v for k, v in line.items() if k != "seconds"} for line in result["curve"]]
-    return {**result, "seconds": None, "curve": curve}
+    clocks = {"seconds": None, "training_seconds": None}
+    return {**result, **clocks, "curve": [{**line, **clocks} for line in result["curve"]]}
 
 
 @pytest.fixture(scope="module")
@@ -128,13 +128,13 @@ def test_every_model_and_rate_meets_the_same_batches(tmp_path, monkeypatch):
 
         return loss
 
-    learning_loss = learning.answer_loss
+    learning_loss = tasks.answer_loss
     for name, model, plan in [
         ("a", "holographic", PLAN),
         ("b", "resonance", replace(PLAN, lr=1e-2, steps=6)),
         ("c", "holographic", replace(PLAN, seed=1, steps=6)),
     ]:
-        monkeypatch.setattr(learning, "answer_loss", record(name))
+        monkeypatch.setattr(tasks, "answer_loss", record(name))
         learn(tmp_path / name, TASK, build(model), plan, {})
     assert all(torch.equal(a, b) for a, b in zip(seen["a"], seen["b"], strict=False))
     assert not all(torch.equal(a, c) for a, c in zip(seen["a"], seen["c"], strict=False))
@@ -177,6 +177,6 @@ def test_a_loss_of_zero_is_not_a_lost_one(tmp_path, monkeypatch):
         objective, loss = learning_loss(model, batch)
         return objective, loss * 0
 
-    learning_loss = learning.answer_loss
-    monkeypatch.setattr(learning, "answer_loss", perfect)
+    learning_loss = tasks.answer_loss
+    monkeypatch.setattr(tasks, "answer_loss", perfect)
     assert learn(tmp_path, TASK, build(), PLAN, {})["stopped"] == "budget"

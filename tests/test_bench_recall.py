@@ -13,7 +13,6 @@ from contract import assert_causal, small_model
 from torch import nn
 from torch.nn import functional as F
 
-from resonance_nn.bench import learning
 from resonance_nn.bench.contestants import CONTESTANTS, Shape, state_bytes
 from resonance_nn.bench.learning import Plan, learn
 from resonance_nn.bench.models import count
@@ -67,7 +66,7 @@ def test_auxiliary_losses_are_minimised_but_not_reported():
     model = small_model(("spectral_gate",), entropy_weight=1.0).train()
     task = recall_task(60, (32,), (4,), (32, 4))
     batch = task.training_batch(np.random.default_rng(0), 256)
-    objective, loss = learning.answer_loss(model, batch)
+    objective, loss = task.loss(model, batch)
     expected = model(input_ids=batch.input_ids, labels=batch.labels)
     assert objective.item() == pytest.approx(expected.loss.item(), rel=1e-5)
     assert (objective - loss).item() == pytest.approx(expected.aux_loss.item(), rel=1e-4)

@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from numpy.random import Generator
-
 from resonance_nn.bench.common import Row, result
-from resonance_nn.bench.fit import student_t95
+from resonance_nn.bench.fit import confidence95
 from resonance_nn.bench.learning import Plan, described, learn, prepare
-from resonance_nn.bench.models import count
-from resonance_nn.bench.tasks import answer_loss
+from resonance_nn.bench.models import sized
+from resonance_nn.bench.text import HELD_OUT, text_task
 from resonance_nn.config import ResonanceConfig
-from resonance_nn.data import Documents, TokenStore, find_documents, read_texts, split_documents, train_tokenizer
-from resonance_nn.data.synthetic import Batch
+from resonance_nn.data import find_documents
 from resonance_nn.evaluation import resolve_device
 from resonance_nn.models import ResonanceForCausalLM
 
@@ -84,46 +78,6 @@ ABLATIONS: dict[str, Ablation] = {
         },
     ),
 }
-
-
-@dataclass(frozen=True)
-class TextTask:
-    """The next token of text: random windows to train on, the first windows of held-out files to measure."""
-
-    train: TokenStore
-    held_out: TokenStore
-    seq_len: int
-    vocab_size: int
-    cells: Mapping[str, None] = field(default_factory=lambda: {"held out": None})
-    watched: tuple[str, ...] = ("held out",)
-
-    def training_batch(self, rng: Generator, tokens: int) -> Batch:
-        """Windows that begin anywhere."""
-        starts = rng.integers(self.train.num_tokens - self.seq_len, size=max(1, tokens // self.seq_len))
-        return self._windows(self.train, starts)
-
-    @torch.no_grad()
-    def measure(self, model: Any, cell: str, rng: Generator, tokens: int) -> dict[str, float]:
-        """Mean cross-entropy in nats over at most ``tokens`` held-out tokens; the same ones for every model."""
-        training = model.training
-        model.eval()
-        windows = min(max(1, tokens // self.seq_len), (self.held_out.num_tokens - 1) // self.seq_len)
-        losses = []
-        for starts in torch.arange(windows).mul(self.seq_len).split(max(1, 8192 // self.seq_len)):
-            ids, targets = self._windows(self.held_out, starts.numpy())
-            loss = answer_loss(model, Batch(ids.to(model.device), targets.to(model.device)))[1]
-            losses.append(float(loss) * len(starts))
-        model.train(training)
-        return {"loss": sum(losses) / windows}
-
-    def reached(self, cells: Mapping[str, Mapping[str, float]], target: float) -> bool:
-        """A loss has no target: the budget is used up."""
-        return False
-
-    def _windows(self, store: TokenStore, starts: np.ndarray) -> Batch:
-        index = starts[:, None] + np.arange(self.seq_len + 1)
-        ids = torch.from_numpy(np.asarray(store.tokens)[index].astype(np.int64))
-        return Batch(ids[:, :-1], ids[:, 1:])
 
 
 @dataclass(frozen=True)
@@ -197,7 +151,7 @@ def run(
     }
     runs = {case.folder: described(settings[case.folder], case.plan) for case in cases}
     prepare(options.output_dir, runs, resume=resume, overwrite=overwrite)
-    task = _text(options, documents)
+    task = text_task(documents, options.output_dir / "data", options.seq_len, options.vocab_size)
     losses: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for i, case in enumerate(cases):
         outcome = learn(
@@ -231,48 +185,26 @@ def _cases(options: AblationOptions) -> Iterator[Case]:
                     precision=options.precision,
                     device=resolve_device(options.device),
                 )
-                yield Case(name, label, sized(options, {**base, **fields}, reference=base), plan)
+                yield Case(name, label, sized(_common(options), {**base, **fields}, reference=base), plan)
 
 
-def sized(options: AblationOptions, fields: Mapping[str, Any], reference: Mapping[str, Any]) -> ResonanceConfig:
-    """The config with ``fields``, its MLP as wide as makes the parameters equal to the reference's."""
-    common = {
+def _common(options: AblationOptions) -> dict[str, Any]:
+    """What all models of a question share."""
+    return {
         "vocab_size": options.vocab_size,
         "hidden_size": options.hidden_size,
         "num_hidden_layers": options.layers,
         "num_heads": max(1, options.hidden_size // 32),
         "initial_context": options.seq_len,
     }
-    reference_config = ResonanceConfig(**common, **reference)
-
-    def parameters(config: ResonanceConfig) -> int:
-        with torch.device("meta"):
-            return count(ResonanceForCausalLM(config))
-
-    config = ResonanceConfig(**common, **fields)
-    width, size = config.intermediate_size, parameters(config)
-    a_channel = parameters(ResonanceConfig(**common, **{**fields, "intermediate_size": width + 1})) - size
-    width -= round((size - parameters(reference_config)) / a_channel)
-    return ResonanceConfig(**common, **{**fields, "intermediate_size": max(1, width)})
-
-
-def _text(options: AblationOptions, documents: Documents) -> TextTask:
-    """The corpus as token ids under ``output_dir/data``, written once."""
-    train, held_out = split_documents(documents)
-    tokenizer = train_tokenizer(read_texts(train), options.vocab_size, progress=False)
-    folder = options.output_dir / "data"
-    stores = [
-        TokenStore.build(part, tokenizer, folder / name) for part, name in ((train, "train"), (held_out, "held-out"))
-    ]
-    return TextTask(stores[0], stores[1], options.seq_len, options.vocab_size)
 
 
 def _rows(losses: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list[Row]:
     """A row a setting. A seed whose loss was lost (None) leaves its setting without a mean."""
     rows: list[Row] = []
     for (name, label), outcomes in losses.items():
-        ours = [outcome["cells"]["held out"]["loss"] for outcome in outcomes]
-        base = [outcome["cells"]["held out"]["loss"] for outcome in losses[name, "base"]]
+        ours = [outcome["cells"][HELD_OUT]["loss"] for outcome in outcomes]
+        base = [outcome["cells"][HELD_OUT]["loss"] for outcome in losses[name, "base"]]
         ours_mean, base_mean = _mean(ours), _mean(base)
         ratio, difference = None, []
         if ours_mean is not None and base_mean is not None:
@@ -286,7 +218,7 @@ def _rows(losses: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list
                 "peer_name": f"{name}: base",
                 "ratio": ratio,
                 "difference": _mean(difference),
-                "interval": _interval(difference),
+                "interval": confidence95(difference),
                 "losses": ours,
                 "parameters": outcomes[0]["parameters"],
                 "seconds": statistics.median(outcome["seconds"] for outcome in outcomes),
@@ -298,14 +230,6 @@ def _rows(losses: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.mean(known) if known and len(known) == len(values) else None
-
-
-def _interval(differences: Sequence[float]) -> float | None:
-    """Half the 95% confidence interval of the mean of paired differences (Student's t); None for a single seed."""
-    n = len(differences)
-    if n < 2:
-        return None
-    return student_t95(n - 1) * statistics.stdev(differences) / math.sqrt(n)
 
 
 def _fields(config: ResonanceConfig) -> dict[str, Any]:

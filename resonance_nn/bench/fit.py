@@ -20,6 +20,13 @@ def student_t95(degrees: int) -> float:
     return T95.get(degrees) or z + sum(term / degrees ** (i + 1) for i, term in enumerate(terms))
 
 
+def confidence95(values: Sequence[float]) -> float | None:
+    """Half the 95% confidence interval of the mean (Student's t); None of fewer than two, or where one is infinite."""
+    if len(values) < 2 or not all(map(math.isfinite, values)):
+        return None
+    return student_t95(len(values) - 1) * statistics.stdev(values) / math.sqrt(len(values))
+
+
 @dataclass(frozen=True)
 class PowerLaw:
     """y = coefficient · x^exponent; ``low`` and ``high`` bound the exponent with 95% confidence, None of two points."""

@@ -32,10 +32,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from resonance_nn.bench.models import check_causal, count
-from resonance_nn.bench.tasks import answer_loss
 from resonance_nn.data.synthetic import Batch
 from resonance_nn.evaluation import finite
 from resonance_nn.files import atomic_path
+from resonance_nn.optim import build_optimizer, check_optimizer
 from resonance_nn.progress import InterruptCallback, TrainingInterrupted
 from resonance_nn.rundir import write_errors
 
@@ -50,14 +50,16 @@ PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Plan:
     """How a run learns.
 
-    AdamW (0.9, 0.95), weight decay on linear maps and embeddings only. The rate rises linearly over ``warmup`` steps,
-    stays, and falls linearly to 0 over the last ``cooldown`` of the budget: ``steps``, or ``minutes`` of this machine,
-    whichever ends first. With ``minutes`` the schedule follows the clock, so two runs are equal only if they are given
-    ``steps`` alone. A run ends early when every watched cell has reached ``target`` in two evaluations in a row. An
-    evaluation takes the tokens of 4 batches a cell, the last one, of every cell and on other sequences, those of 16.
+    The ``optimizer`` is one of ``resonance_nn.optim``, with weight decay on linear maps and embeddings only. The rate
+    rises linearly over ``warmup`` steps, stays, and falls linearly to 0 over the last ``cooldown`` of the budget:
+    ``steps``, or ``minutes`` of this machine, whichever ends first. With ``minutes`` the schedule follows the clock, so
+    two runs are equal only if they are given ``steps`` alone. A run ends early when every watched cell has reached
+    ``target`` in two evaluations in a row. An evaluation takes the tokens of 4 batches a cell, the last one, of every
+    cell and on other sequences, those of 16; text takes what its task says.
     """
 
     lr: float = 1e-3
+    optimizer: str = "adamw"
     seed: int = 0
     steps: int | None = None
     minutes: float | None = None
@@ -84,6 +86,7 @@ class Plan:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be ≥ 0")
         if self.cooldown > 1:
             raise ValueError(f"cooldown = {self.cooldown}: must be ≤ 1, the share of the budget with a falling rate")
+        check_optimizer(self.optimizer)
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision = {self.precision!r}: must be {' or '.join(PRECISIONS)}")
 
@@ -112,8 +115,12 @@ class Learnable(Protocol):
         """The cells measured while training."""
         ...
 
-    def training_batch(self, rng: Generator, tokens: int) -> Batch:
-        """About ``tokens`` tokens to learn from."""
+    def training_batch(self, rng: Generator, tokens: int, step: int) -> Batch:
+        """About ``tokens`` tokens to learn from, of this step."""
+        ...
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What to minimise, and the part of it that is the task's, in nats."""
         ...
 
     def measure(self, model: Any, cell: str, rng: Generator, tokens: int) -> dict[str, float]:
@@ -131,6 +138,7 @@ class Progress:
 
     step: int = 0
     seconds: float = 0.0
+    evaluating: float = 0.0  # of the seconds
     streak: int = 0  # evaluations in a row with every watched cell at the target
     loss_sum: float = 0.0  # since the last line of the log
     loss_count: int = 0
@@ -257,12 +265,7 @@ class _Run:
         nn.Module.to(self.model, plan.device).train()
         check_causal(self.model, task.vocab_size)
         self.named = dict(self.model.named_parameters())
-        matrices = {m.weight for m in self.model.modules() if isinstance(m, nn.Linear | nn.Embedding)}
-        groups = [
-            {"params": [p for p in self.named.values() if p in matrices], "weight_decay": plan.weight_decay},
-            {"params": [p for p in self.named.values() if p not in matrices], "weight_decay": 0.0},
-        ]
-        self.optimizer = torch.optim.AdamW(groups, lr=plan.lr, betas=(0.9, 0.95), fused=True)
+        self.optimizer = build_optimizer(self.model, plan.optimizer, lr=plan.lr, weight_decay=plan.weight_decay)
         self.progress = Progress()
         self.log: list[dict[str, Any]] = []
         self._load()
@@ -278,7 +281,9 @@ class _Run:
                 spent = plan.spent(progress.step, progress.seconds)
                 if progress.step % plan.eval_every == 0 or spent >= 1:
                     self._evaluate()
+                    progress.evaluating -= progress.seconds
                     progress.seconds = before + time.perf_counter() - begin
+                    progress.evaluating += progress.seconds
                     if self.log[-1]["loss"] is None:  # not finite
                         stopped = "diverged"
                     elif progress.streak == 2:
@@ -302,9 +307,9 @@ class _Run:
         plan, progress = self.plan, self.progress
         sequence = np.random.SeedSequence([TRAINING, plan.seed, progress.step])
         torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))  # for models that draw noise
-        ids, targets = self.task.training_batch(np.random.default_rng(sequence), plan.tokens_per_batch)
+        ids, targets = self.task.training_batch(np.random.default_rng(sequence), plan.tokens_per_batch, progress.step)
         with self._autocast():
-            objective, loss = answer_loss(self.model, Batch(ids.to(plan.device), targets.to(plan.device)))
+            objective, loss = self.task.loss(self.model, Batch(ids.to(plan.device), targets.to(plan.device)))
         objective.backward()
         nn.utils.clip_grad_norm_(self.named.values(), plan.clip)
         for group in self.optimizer.param_groups:
@@ -330,6 +335,7 @@ class _Run:
             "loss": progress.loss_sum / max(1, progress.loss_count),
             "lr": self.optimizer.param_groups[0]["lr"],
             "seconds": round(progress.seconds, 3),
+            "training_seconds": round(progress.seconds - progress.evaluating, 3),
             "cells": {cell: finite(figures) for cell, figures in cells.items()},
         }
         progress.loss_sum, progress.loss_count = 0.0, 0
@@ -345,6 +351,7 @@ class _Run:
             "steps": self.progress.step,
             "tokens": self.progress.step * self.plan.tokens_per_batch,
             "seconds": self.progress.seconds,
+            "training_seconds": self.progress.seconds - self.progress.evaluating,
             "stopped": stopped,
             "cells": {
                 cell: finite(self._measure(cell, FINAL, 16 * self.plan.tokens_per_batch)) for cell in self.task.cells

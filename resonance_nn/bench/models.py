@@ -114,6 +114,21 @@ def build_alone(name: str, options: ModelOptions, max_length: int) -> PreTrained
     return build_peer(name, ours.config, count(ours), max_length, options.device)[0]
 
 
+def sized(common: Mapping[str, Any], fields: Mapping[str, Any], reference: Mapping[str, Any]) -> ResonanceConfig:
+    """Our config with ``common`` and ``fields``, its MLP as wide as makes the parameters equal to those of ``common``
+    and ``reference``."""
+
+    def parameters(config: ResonanceConfig) -> int:
+        with torch.device("meta"):
+            return count(ResonanceForCausalLM(config))
+
+    config = ResonanceConfig(**{**common, **fields})
+    width, size = config.intermediate_size, parameters(config)
+    a_channel = parameters(ResonanceConfig(**{**common, **fields, "intermediate_size": width + 1})) - size
+    width -= round((size - parameters(ResonanceConfig(**{**common, **reference}))) / a_channel)
+    return ResonanceConfig(**{**common, **fields, "intermediate_size": max(1, width)})
+
+
 @torch.no_grad()
 def check_causal(model: nn.Module, vocab_size: int, length: int = 96) -> None:
     """A number is worth nothing if the model reads its own answers: changing a token must leave all logits before it

@@ -52,11 +52,14 @@ class Task:
     cells: Mapping[str, Draw]
     watched: tuple[str, ...]
 
-    def training_batch(self, rng: Generator, tokens: int) -> Batch:
+    def training_batch(self, rng: Generator, tokens: int, step: int = 0) -> Batch:
         """One draw, chosen by weight, of as many sequences as have about ``tokens`` tokens."""
         weights = np.array([draw.weight for draw in self.training])
         draw = self.training[rng.choice(len(weights), p=weights / weights.sum())]
         return draw(rng, max(1, tokens // draw.length))
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
+        return answer_loss(model, batch)
 
     def measure(self, model: Any, cell: str, rng: Generator, tokens: int) -> dict[str, float]:
         """See :func:`accuracy`; of sequences that have about ``tokens`` tokens, at least 16."""

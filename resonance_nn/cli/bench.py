@@ -14,6 +14,7 @@ from resonance_nn.cli import (
     bench_memory,
     bench_mixers,
     bench_ops,
+    bench_quality,
     bench_scaling,
     bench_spectrum,
     bench_speed,
@@ -38,6 +39,7 @@ bench.command()(bench_memory.memory)
 bench.command()(bench_mixers.mixers)
 bench.command()(bench_ops.ops)
 bench.command()(bench_scaling.scaling)
+bench.command()(bench_quality.quality)
 bench.command()(bench_learning.recall)
 bench.command()(bench_spectrum.spectrum)
 bench.command()(bench_speed.speed)

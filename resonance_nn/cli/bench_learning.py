@@ -15,7 +15,7 @@ from resonance_nn.cli.bench_common import PlotOption, check_outputs, names, numb
 from resonance_nn.cli.common import DeviceOption, JsonOption, console_for, stderr_console, wide_view, write_json
 
 if TYPE_CHECKING:
-    from resonance_nn.bench.sweep import Case, Sweep
+    from resonance_nn.bench.sweep import Sweep
 
 LINE_SECONDS = 10.0  # between two lines where there is no terminal
 
@@ -92,7 +92,7 @@ def recall(
     from resonance_nn.bench import recall as suite
 
     options = suite.RecallOptions(8192 if full else vocab_size, *sizes, watched, fillers)
-    with showing(sweep) as report:
+    with showing() as report:
         payload = suite.run(sweep, options, report)
     finish(payload, suite.shown(payload), json_path)
     if plot is not None:
@@ -148,7 +148,7 @@ def tracking(
     from resonance_nn.bench.recall import RecallOptions
 
     options = suite.TrackingOptions(names(tasks), trained, asked, RecallOptions(vocab_size, asked, *recalled, fillers))
-    with showing(sweep) as report:
+    with showing() as report:
         payload = suite.run(sweep, options, report)
     finish(payload, suite.shown(payload), json_path)
     if plot is not None:
@@ -208,19 +208,21 @@ def sweep_of(values: Mapping[str, Any]) -> Sweep:
 
 
 @contextmanager
-def showing(sweep: Sweep) -> Iterator[Callable[..., None]]:
-    """A bar on a terminal, otherwise a line now and then, on standard error; after Ctrl-C, how to go on."""
+def showing(state_of: Callable[[Mapping[str, Any]], str] | None = None) -> Iterator[Callable[..., None]]:
+    """A bar on a terminal, otherwise a line now and then, on standard error; after Ctrl-C, how to go on. ``state_of``
+    says a line of the log to people."""
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
     from resonance_nn.progress import TrainingInterrupted
 
+    state_of = state_of or accuracies
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"), TimeElapsedColumn())
     terminal = stderr_console.is_terminal
     with Progress(*columns, console=stderr_console, transient=True, disable=not terminal) as bar:
         shown = bar.add_task("", total=1.0, state="")
         last: tuple[Any, float] = (None, 0.0)
 
-        def report(number: int, total: int, case: Case, spent: float, line: dict[str, Any]) -> None:
+        def report(number: int, total: int, case: Any, spent: float, line: dict[str, Any]) -> None:
             nonlocal last
             title, state = f"{number + 1}/{total} {case.title}", state_of(line)
             bar.update(shown, description=title, completed=spent, state=state)
@@ -245,7 +247,7 @@ def say_how_to_resume(step: int) -> None:
     stderr_console.print(text, markup=False, soft_wrap=True)
 
 
-def state_of(line: Mapping[str, Any]) -> str:
+def accuracies(line: Mapping[str, Any]) -> str:
     """One line of the log for people."""
     if not line:
         return ""

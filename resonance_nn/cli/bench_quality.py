@@ -1,0 +1,149 @@
+"""`resonance bench quality`: loss a token, a second and a parameter beside peers of equal size."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from resonance_nn.cli.bench_common import PlotOption, SetOption, check_outputs, names, numbers
+from resonance_nn.cli.bench_learning import (
+    BatchTokens,
+    Cooldown,
+    Dtype,
+    OutputDir,
+    Overwrite,
+    Rates,
+    Resume,
+    Threads,
+    WeightDecay,
+    showing,
+)
+from resonance_nn.cli.common import DeviceOption, JsonOption, config_fields, console_for, wide_view, write_json
+
+
+def quality(
+    models: Annotated[
+        str,
+        typer.Option(help="By commas: default, complex_ssd, erase_write, llama, mamba2, gated_delta, mamba, rwkv."),
+    ] = "default,llama,mamba2,gated_delta",
+    budget: Annotated[str, typer.Option(help="XS, S (3M parameters, 4M tokens, 3 seeds) or M (10M, 8M, 1).")] = "S",
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="File, folder, glob, stdlib or hub:org/name; repeats.", show_default="stdlib"),
+    ] = None,
+    lengths: Annotated[
+        str | None, typer.Option(help="Tokens of a window, by commas.", show_default="the budget's")
+    ] = None,
+    tokens: Annotated[int | None, typer.Option(help="To train on, of each run.", show_default="the budget's")] = None,
+    seeds: Annotated[int | None, typer.Option(help="Of weights and batches.", show_default="the budget's")] = None,
+    lrs: Rates = "1e-3,2e-3,4e-3,8e-3",
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw or muon, of all models.")] = "adamw",
+    cooldown: Cooldown = 1.0,
+    weight_decay: WeightDecay = 0.1,
+    tokens_per_batch: BatchTokens = 4096,
+    config: SetOption = None,
+    dtype: Dtype = "bf16",
+    threads: Threads = None,
+    device: DeviceOption = "cpu",
+    output_dir: OutputDir = "runs/bench-quality",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_path: JsonOption = None,
+    plot: PlotOption = None,
+) -> None:
+    """Train models of equal size from scratch on the same batches, each with every rate, the best with every seed.
+
+    Example: resonance bench quality --budget XS --models default,llama --plot quality.png
+    """
+    check_outputs(json_path, plot)
+    if threads is not None and threads < 1:
+        raise ValueError(f"threads = {threads}: must be ≥ 1")
+    rates, fields = numbers("--lrs", lrs, float), config_fields(config)
+    chosen = {"tokens": tokens, "seeds": seeds, "tokens_per_batch": tokens_per_batch}
+    chosen["lengths"] = None if lengths is None else numbers("--lengths", lengths)
+
+    import torch
+
+    from resonance_nn.bench import quality as suite
+    from resonance_nn.bench.learning import Plan
+    from resonance_nn.evaluation import resolve_device
+
+    if budget not in suite.BUDGETS:
+        raise ValueError(f"budget = {budget!r}: must be one of {', '.join(suite.BUDGETS)}")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    options = suite.QualityOptions(
+        models=names(models),
+        budget=replace(suite.BUDGETS[budget], **{name: value for name, value in chosen.items() if value is not None}),
+        data=tuple(data or ["stdlib"]),
+        output_dir=Path(output_dir),
+        lrs=rates,
+        plan=Plan(
+            steps=1,
+            optimizer=optimizer,
+            cooldown=cooldown,
+            weight_decay=weight_decay,
+            precision=dtype,
+            device=resolve_device(device),
+        ),
+        fields=fields,
+    )
+    with showing(_state) as report:
+        payload = suite.run(options, resume=resume, overwrite=overwrite, progress=report)
+    _show(payload, console_for(json_path))
+    if plot is not None:
+        suite.plot(payload, plot)
+    if json_path is not None:
+        write_json(json_path, payload)
+
+
+def _state(line: Mapping[str, Any]) -> str:
+    """One line of the log for people."""
+    if not line:
+        return ""
+    trained, held_out = line["loss"], next(iter(line["cells"].values()))["loss"]
+    shown = ["not finite" if loss is None else f"{loss:.3f}" for loss in (trained, held_out)]
+    return f"step {line['step']:,}, loss {shown[0]}, held out {shown[1]}"
+
+
+def _show(payload: Mapping[str, Any], out: Console) -> None:
+    """The table and its notes."""
+    from rich.table import Table
+
+    machine, rows = payload["machine"], payload["rows"]
+    seeds = payload["options"]["budget"]["seeds"]
+    title = f"held-out loss, nats a token; {payload['options']['budget']['tokens']:,} tokens a run, {seeds} seeds; "
+    view = Table("case", title=title + f"{machine['cpu']}, {machine['threads']} threads", highlight=False)
+    for heading in ("parameters", "rate", "loss", "± 95%", "less Llama", "± 95%", "bits/byte"):
+        view.add_column(heading, justify="right")
+    for heading in ("meets Llama: tokens", "seconds", "minutes"):
+        view.add_column(heading, justify="right")
+
+    def text(value: float | None, form: str = ".4f") -> str:
+        return "" if value is None else format(value, form)
+
+    for row in rows:
+        view.add_row(
+            *(row["case"], f"{row['parameters']:,}", f"{row['lr']:g}" + "*" * row["lr_at_edge"]),
+            *("diverged" if row["ours"] is None else text(row["ours"]), text(row["interval"])),
+            *(text(row["difference"], "+.4f"), text(row["difference_interval"]), text(row["bits_per_byte"])),
+            *(text(row["share_of_tokens"], ".0%"), text(row["share_of_seconds"], ".0%")),
+            f"{row['training_seconds'] / 60:.1f}",
+        )
+    wide_view(out).print(view)
+    if any(row["lr_at_edge"] for row in rows):
+        out.print("* the best rate is the least or the largest tried: --lrs may go further", markup=False)
+    if any(row["peer_name"] for row in rows):
+        out.print(
+            "meets Llama: where the curve is first at Llama's final loss, as a share of Llama's tokens and of its "
+            "training seconds; none: never",
+            markup=False,
+            soft_wrap=True,
+        )
+    for model, note in {row["model"]: row["note"] for row in rows if row["note"]}.items():
+        out.print(f"{model}: {note}", markup=False, soft_wrap=True)

@@ -1,0 +1,199 @@
+"""`bench quality`: equal sizes, the same batches, every token once an epoch, peers that are transformers' own."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import relative
+from transformers import PreTrainedModel
+
+from resonance_nn.bench import quality, text
+from resonance_nn.bench.accelerated import accelerate, accelerated_delta_rule
+from resonance_nn.bench.peers import TOLERANCE, build_peer, count
+from resonance_nn.bench.quality import MODELS, Budget, Case, QualityOptions, crossing
+from resonance_nn.cli import main
+from resonance_nn.config import ResonanceConfig
+from resonance_nn.data import find_documents
+from resonance_nn.data.synthetic import Batch
+from resonance_nn.models import ResonanceForCausalLM
+
+TINY = Budget(hidden_size=64, layers=2, vocab_size=300, tokens=8192, lengths=(64,), seeds=2, tokens_per_batch=512)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "text").mkdir()
+    for i in range(40):
+        (tmp_path / "text" / f"{i}.txt").write_text(f"line {i} of many, each a little different\n" * 40)
+    return tmp_path
+
+
+@pytest.mark.parametrize("budget", quality.BUDGETS)
+def test_all_models_of_a_budget_have_equal_parameters(budget: str):
+    options = QualityOptions(budget=quality.BUDGETS[budget])
+    with torch.device("meta"):
+        sizes = {model: count(ResonanceForCausalLM(options.config(model))) for model in quality.RECIPES}
+    ours = options.config("default")
+    for name in ("llama", "mamba2", "gated_delta"):
+        sizes[name] = count(build_peer(name, ours, sizes["default"], 512)[0])
+    assert all(abs(size / sizes["default"] - 1) <= TOLERANCE for size in sizes.values()), sizes
+
+
+@pytest.mark.parametrize("name", ["mamba2", "gated_delta"])
+def test_accelerated_peers_are_transformers_own(name: str):
+    """The same logits, gradients of the embedding, and parameters."""
+    ours = ResonanceConfig(vocab_size=50, hidden_size=64, num_hidden_layers=2)
+    with torch.device("meta"):
+        parameters = count(ResonanceForCausalLM(ours))
+    torch.manual_seed(0)
+    model: PreTrainedModel = build_peer(name, ours, parameters, 128)[0]
+    ids = torch.randint(50, (2, 100))
+
+    def outputs() -> tuple[torch.Tensor, torch.Tensor]:
+        logits = model(ids, use_cache=False).logits
+        (gradient,) = torch.autograd.grad(logits.square().sum(), model.get_input_embeddings().weight)
+        return logits, gradient
+
+    exact, size = outputs(), count(model)
+    calls = []
+    original = text.answer_loss
+    assert original is text.answer_loss
+    with accelerated_delta_rule():
+        model = accelerate(model)
+        fast = outputs()
+        calls.append(count(model))
+    assert calls == [size]
+    for a, b in zip(fast, exact, strict=True):
+        assert relative(a, b) < 1e-4
+    again = outputs()  # and after it
+    assert relative(again[0], exact[0]) < 1e-4
+
+
+def test_every_token_is_a_target_once_an_epoch(folder):
+    documents = find_documents([str(folder / "text")])
+    task = text.text_task(documents, folder / "data", 32, 300)
+    windows = (task.train.num_tokens - 1) // 32 - 1
+    starts = []
+    for step in range(math.ceil(2 * windows / 4)):
+        batch = task.training_batch(np.random.default_rng(0), 128, step)
+        assert batch.input_ids.shape == (4, 32)
+        assert torch.equal(batch.input_ids[:, 1:], batch.targets[:, :-1])
+        starts += batch.input_ids.tolist()
+    stream = task.train.tokens
+    for epoch in range(2):
+        seen = starts[epoch * windows : (epoch + 1) * windows]
+        offset = next(
+            o
+            for o in range(32)
+            if sorted(seen) == sorted(stream[o + 32 * i : o + 32 * i + 32].tolist() for i in range(windows))
+        )
+        assert offset < 32
+    assert starts[:windows] != starts[windows : 2 * windows]
+    other = replace(task, order=1).training_batch(np.random.default_rng(0), 128, 0)
+    assert not torch.equal(other.input_ids, task.training_batch(np.random.default_rng(5), 128, 0).input_ids)
+    with pytest.raises(ValueError, match="fewer than two windows"):
+        replace(task, seq_len=10**6).training_batch(np.random.default_rng(0), 128, 0)
+
+
+def test_our_loss_is_the_plain_one():
+    torch.manual_seed(0)
+    model = ResonanceForCausalLM(ResonanceConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1))
+    ids = torch.randint(50, (2, 33))
+    batch = Batch(ids[:, :-1], ids[:, 1:])
+    plain, fast = text.answer_loss(model, batch), text.next_token_loss(model, batch)
+    for a, b in zip(fast, plain, strict=True):
+        assert relative(a, b) < 1e-6
+    weights = list(model.parameters())
+    for a, b in zip(torch.autograd.grad(fast[0], weights), torch.autograd.grad(plain[0], weights), strict=True):
+        assert relative(a, b) < 1e-4
+
+
+def curve(*losses: float) -> dict:
+    lines = [
+        {"step": 10 * (i + 1), "training_seconds": 4.0 * (i + 1), "cells": {text.HELD_OUT: {"loss": loss}}}
+        for i, loss in enumerate(losses)
+    ]
+    return {
+        "curve": lines,
+        "steps": 10 * len(losses),
+        "training_seconds": 4.0 * len(losses),
+        "stopped": "budget",
+        "cells": {text.HELD_OUT: {"loss": losses[-1], "bits_per_byte": 1.0}},
+    }
+
+
+def test_crossing():
+    peer = curve(5.0, 4.0, 3.5, 3.0)
+    assert crossing([curve(4.0, 2.0, 1.5, 1.0)], [peer]) == (pytest.approx(15 / 40), pytest.approx(6 / 16))
+    assert crossing([curve(2.5, 2.0, 1.5, 1.0)], [peer]) == (0.25, 0.25)
+    assert crossing([curve(5.0, 4.0, 3.5, 3.01)], [peer]) == (None, None)
+    assert crossing([peer], [peer]) == (1.0, 1.0)
+
+
+def test_run_tunes_each_model_compares_and_resumes(folder, monkeypatch, capsys):
+    monkeypatch.setitem(quality.BUDGETS, "XS", TINY)
+    arguments = ["bench", "quality", "--budget", "XS", "--models", "default,llama", "--data", str(folder / "text")]
+    arguments += ["--lrs", "1e-4,3e-3", "--tokens-per-batch", "512", "--output-dir", str(folder / "runs")]
+    arguments += ["--json", str(folder / "q.json"), "--plot", str(folder / "q.png")]
+    assert main(arguments) == 0
+    payload = json.loads((folder / "q.json").read_text())
+    ours, llama = payload["rows"]
+    assert (ours["lr"], llama["lr"]) == (3e-3, 3e-3)
+    assert len(payload["runs"]) == 2 * (2 + 1)
+    assert ours["ours"] < math.log(300)
+    assert ours["difference"] == pytest.approx(ours["ours"] - llama["ours"])
+    assert llama["difference"] == 0
+    assert llama["share_of_tokens"] == pytest.approx(1.0)
+    assert abs(ours["parameters"] / llama["parameters"] - 1) <= TOLERANCE
+    assert ours["bits_per_byte"] > 0
+    assert len(ours["losses"]) == 2
+    assert (folder / "q.png").read_bytes()[:4] == b"\x89PNG"
+    assert main([*arguments, "--resume"]) == 0
+    assert json.loads((folder / "q.json").read_text())["rows"] == payload["rows"]
+    assert main(arguments) == 2
+    assert "--resume keeps what is finished" in capsys.readouterr().err
+    assert main([*arguments, "--resume", "--optimizer", "muon"]) == 2
+    assert "optimizer was 'adamw' and is 'muon'" in capsys.readouterr().err
+
+
+def test_muon_and_other_recipes_train(folder):
+    options = QualityOptions(
+        models=tuple(quality.RECIPES),
+        budget=replace(TINY, seeds=1),
+        data=(str(folder / "text"),),
+        output_dir=folder / "runs",
+        lrs=(3e-3,),
+        plan=replace(QualityOptions().plan, optimizer="muon"),
+    )
+    payload = quality.run(options)
+    assert [row["model"] for row in payload["rows"]] == list(quality.RECIPES)
+    assert all(row["ours"] < math.log(300) for row in payload["rows"])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"models": ("default", "gpt")}, "models: 'gpt' is unknown"),
+        ({"models": ()}, "models = "),
+        ({"lrs": (1e-3, 1e-3)}, "lrs = "),
+        ({"lrs": (0.0,)}, "lr = 0.0: must be > 0"),
+        ({"budget": replace(TINY, seeds=0)}, "seeds = 0: must be ≥ 1"),
+        ({"budget": replace(TINY, lengths=())}, "lengths = "),
+        ({"plan": replace(QualityOptions().plan, optimizer="sgd")}, "optimizer = 'sgd'"),
+    ],
+)
+def test_wrong_options(change: dict, said: str):
+    with pytest.raises(ValueError, match=said):
+        replace(QualityOptions(), **change).check()
+
+
+def test_titles_and_folders():
+    case = Case(2048, "llama", 1e-3, 2)
+    assert case.folder == "2048/llama/lr-0.001-seed-2"
+    assert case.title == "llama, 2,048 tokens, rate 0.001, seed 2"
+    assert set(MODELS) >= {"default", "llama", "mamba2", "gated_delta"}
