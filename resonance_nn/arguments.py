@@ -14,6 +14,7 @@ from resonance_nn.data import SPECIAL_TOKENS
 
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 SET_BY_THE_RUN = ("bos_token_id", "eos_token_id", "pad_token_id", "format_version", "use_cache")
+OPTIMIZERS = ("adamw", "muon")
 LOGGERS = ("none", "tensorboard", "trackio", "wandb")
 # What may differ between a run and its resumption. Data is compared by what is in it.
 FREE = ("data", "eval_data", "output_dir", "resume", "overwrite", "keep", "save_every", "log_to", "progress")
@@ -50,6 +51,7 @@ class TrainArguments:
     accumulate: int = 1  # forward passes a step
     lr: float | None = None  # None: 3e-3 · 256 / width, at most 3e-3; a tenth of it with init
     warmup: float = 0.05  # below 1 a share of the steps, else steps
+    optimizer: str = "adamw"  # or "muon", see resonance_nn.optim
     weight_decay: float = 0.1
     clip: float = 1.0  # 0 turns it off
     precision: str = "auto"
@@ -105,6 +107,7 @@ class TrainArguments:
                 refuse(name, "≥ 0 and finite")
         if not 0 <= self.seed < 1 << 32:
             refuse("seed", "from 0 to 2^32 - 1")
+        check_optimizer(self.optimizer)
         budgets = [name for name in ("steps", "epochs", "tokens") if getattr(self, name) is not None]
         if len(budgets) > 1:
             raise ValueError(f"{' and '.join(budgets)}: the budget is only one of steps, epochs and tokens")
@@ -141,3 +144,9 @@ class TrainArguments:
             "label_smoothing": self.label_smoothing,
             "z_loss_weight": self.z_loss,
         }
+
+
+def check_optimizer(name: str) -> None:
+    """Raise ValueError if ``resonance_nn.optim`` has none of this name."""
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer = {name!r}: must be {' or '.join(OPTIMIZERS)}")

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 from torch.optim import AdamW, Muon, Optimizer
 
-OPTIMIZERS = ("adamw", "muon")
+from resonance_nn.arguments import check_optimizer
+
 BETAS = (0.9, 0.95)
 LEAST_RANK = 16  # a matrix with a shorter side is a few vectors, which there is little to make orthogonal of
 
@@ -42,12 +43,6 @@ def build_optimizer(model: nn.Module, name: str = "adamw", *, lr: float = 1e-3, 
     if not matrices:
         return adamw
     return Together(Muon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
-
-
-def check_optimizer(name: str) -> None:
-    """Raise ValueError if there is none of this name."""
-    if name not in OPTIMIZERS:
-        raise ValueError(f"optimizer = {name!r}: must be {' or '.join(OPTIMIZERS)}")
 
 
 class Together(Optimizer):

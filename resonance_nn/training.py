@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
 from torch.utils.data import Dataset, Subset
 from transformers import (
     DefaultDataCollator,
@@ -52,6 +53,7 @@ from resonance_nn.evaluation import finite, report, resolve_device, resolve_prec
 from resonance_nn.loading import load_model, load_tokenizer
 from resonance_nn.models import ResonanceForCausalLM
 from resonance_nn.ops.fla_backend import check_backend
+from resonance_nn.optim import build_optimizer
 from resonance_nn.plots import plot_loss
 from resonance_nn.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from resonance_nn.rundir import PARTIAL, RunFolder, write_errors
@@ -109,7 +111,7 @@ def train(arguments: TrainArguments) -> dict[str, Any]:
     interrupt = InterruptCallback(enabled=trainer_arguments.world_size == 1)
     trainer.add_callback(progress)
     trainer.add_callback(interrupt)
-    trainer.keep = arguments.keep
+    trainer.keep, trainer.optimizer_name = arguments.keep, arguments.optimizer
     progress.say(
         f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {steps:,} steps of "
         f"{tokens_per_step:,} tokens, {stores[0].num_tokens:,} tokens of text, {precision} on {device}"
@@ -162,7 +164,16 @@ class _Trainer(Trainer):
     """Weight decay on linear maps and embeddings only, and checkpoints that are whole or not there."""
 
     keep = 2
+    optimizer_name = "adamw"
     _saving = False
+
+    def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
+        if self.optimizer is None and self.optimizer_name == "muon":
+            whole = self.model if model is None else model
+            assert whole is not None
+            rate, decay = self.args.learning_rate, self.args.weight_decay
+            self.optimizer = build_optimizer(whole, "muon", lr=rate, weight_decay=decay)
+        return super().create_optimizer(model)
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]

@@ -33,8 +33,8 @@ FLAGS = {
     "": "--version",
     "train": "--data --output-dir --eval-data --text-field --binary --size --mixers --vocab-size --tokenizer --init "
     "--set --dropout --label-smoothing --z-loss --steps --epochs --tokens --seq-len --batch-size --accumulate --lr "
-    "--warmup --weight-decay --clip --precision --gradient-checkpointing --compile --seed --device --save-every --keep "
-    "--eval-every --log-to --resume --overwrite --json",
+    "--warmup --optimizer --weight-decay --clip --precision --gradient-checkpointing --compile --seed --device "
+    "--save-every --keep --eval-every --log-to --resume --overwrite --json",
     "eval": "--data --window --batch-size --precision --device --text-field --binary --held-out --lzma --no-lzma "
     "--json",
     "generate": f"--prompt --prompt-file --batch --max-new-tokens --stop {COMMON_SAMPLING} --num-beams "

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from resonance_nn import ResonanceConfig, ResonanceForCausalLM
-from resonance_nn.optim import OPTIMIZERS, Together, build_optimizer
+from resonance_nn.arguments import OPTIMIZERS
+from resonance_nn.optim import Together, build_optimizer
 
 CONFIG = ResonanceConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_heads=2)
 

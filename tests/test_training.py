@@ -84,11 +84,11 @@ def test_a_run_learns_and_leaves_everything(arguments):
     assert model.config.eos_token_id == tokenizer.eos_token_id == model.generation_config.eos_token_id
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_is_bit_equal(arguments, tmp_path, precision, monkeypatch):
-    whole = replace(arguments, output_dir=tmp_path / "whole", precision=precision)
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon")])
+def test_resume_is_bit_equal(arguments, tmp_path, precision, optimizer, monkeypatch):
+    cut = replace(arguments, precision=precision, optimizer=optimizer)
+    whole = replace(cut, output_dir=tmp_path / "whole")
     whole_result = train(whole)
-    cut = replace(arguments, precision=precision)
     for step in (4, 7):  # in the first and in the second epoch, off the rhythm of saving
         interrupt_at(monkeypatch, step)
         with pytest.raises(TrainingInterrupted, match=f"step {step + 1} of 12"):

@@ -31,11 +31,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from resonance_nn.arguments import check_optimizer
 from resonance_nn.bench.models import check_causal, count
 from resonance_nn.data.synthetic import Batch
 from resonance_nn.evaluation import finite
 from resonance_nn.files import atomic_path
-from resonance_nn.optim import build_optimizer, check_optimizer
+from resonance_nn.optim import build_optimizer
 from resonance_nn.progress import InterruptCallback, TrainingInterrupted
 from resonance_nn.rundir import write_errors
 

@@ -68,6 +68,7 @@ def train(
     warmup: Annotated[
         float, typer.Option(help="Below 1 a share of the steps, else steps.", rich_help_panel=OPTIMISER)
     ] = 0.05,
+    optimizer: Annotated[str, typer.Option(help="adamw or muon.", rich_help_panel=OPTIMISER)] = "adamw",
     weight_decay: Annotated[
         float, typer.Option(help="On linear maps and embeddings.", rich_help_panel=OPTIMISER)
     ] = 0.1,
@@ -133,6 +134,7 @@ def train(
         accumulate=accumulate,
         lr=lr,
         warmup=warmup,
+        optimizer=optimizer,
         weight_decay=weight_decay,
         clip=clip,
         precision=precision,
