@@ -138,13 +138,25 @@ def test_crossing():
 def test_run_tunes_each_model_compares_and_resumes(folder, monkeypatch, capsys):
     monkeypatch.setitem(quality.BUDGETS, "XS", TINY)
     arguments = ["bench", "quality", "--budget", "XS", "--models", "default,llama", "--data", str(folder / "text")]
-    arguments += ["--lrs", "1e-4,3e-3", "--tokens-per-batch", "512", "--output-dir", str(folder / "runs")]
+    arguments += [
+        "--lengths",
+        "32,64",
+        "--lrs",
+        "1e-4,3e-3",
+        "--tokens-per-batch",
+        "512",
+        "--output-dir",
+        str(folder / "runs"),
+    ]
     arguments += ["--json", str(folder / "q.json"), "--plot", str(folder / "q.png")]
     assert main(arguments) == 0
     payload = json.loads((folder / "q.json").read_text())
-    ours, llama = payload["rows"]
+    ours, llama, longer, _ = payload["rows"]
     assert (ours["lr"], llama["lr"]) == (3e-3, 3e-3)
-    assert len(payload["runs"]) == 2 * (2 + 1)
+    tried = {(run["length"], run["lr"], run["seed"]) for run in payload["runs"] if run["model"] == "default"}
+    assert tried == {(32, 1e-4, 0), *((length, 3e-3, seed) for length in (32, 64) for seed in (0, 1))}
+    assert len(payload["runs"]) == 2 * len(tried)
+    assert (longer["length"], longer["lr"], len(longer["losses"])) == (64, 3e-3, 2)
     assert ours["ours"] < math.log(300)
     assert ours["difference"] == pytest.approx(ours["ours"] - llama["ours"])
     assert llama["difference"] == 0
@@ -184,6 +196,7 @@ def test_muon_and_other_recipes_train(folder):
         ({"lrs": (0.0,)}, "lr = 0.0: must be > 0"),
         ({"budget": replace(TINY, seeds=0)}, "seeds = 0: must be ≥ 1"),
         ({"budget": replace(TINY, lengths=())}, "lengths = "),
+        ({"budget": replace(TINY, lengths=(64, 32))}, "must be ascending"),
         ({"plan": replace(QualityOptions().plan, optimizer="sgd")}, "optimizer = 'sgd'"),
     ],
 )

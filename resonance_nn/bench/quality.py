@@ -4,7 +4,7 @@ with the learning rate that suits it best.
 output_dir/  data/                          the tokenizer and the encoded corpus
              LENGTH/MODEL/lr-RATE-seed-N/   a run, see ``learning``; can be resumed
 
-First every model is trained with every rate and the first seed, then with its best rate and the other seeds.
+First every model is trained with every rate at the first length and seed, then with its best one at the others.
 """
 
 from __future__ import annotations
@@ -91,6 +91,8 @@ class QualityOptions:
         for name, value in asdict(self.budget).items():
             if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
                 raise ValueError(f"{name} = {value}: must be ≥ 1")
+        if sorted(set(self.budget.lengths)) != list(self.budget.lengths):
+            raise ValueError(f"lengths = {self.budget.lengths}: must be ascending, each once")
         for lr in self.lrs:
             self.plan_of(Case(1, self.models[0], lr, 0)).check()
 
@@ -168,7 +170,7 @@ def run(
     budget, folder = options.budget, options.output_dir
     documents = find_documents(list(options.data), leave_out=folder)
     outcomes: dict[Case, dict[str, Any]] = {}
-    total = len(options.models) * len(budget.lengths) * (len(options.lrs) + budget.seeds - 1)
+    total = len(options.models) * (len(options.lrs) + len(budget.lengths) * budget.seeds - 1)
     tasks: dict[int, TextTask] = {}
 
     def train(cases: Sequence[Case], resume: bool) -> None:
@@ -189,8 +191,8 @@ def run(
             )
 
     with accelerated_delta_rule():
-        train(list(_first_seed(options)), resume)
-        train(list(_other_seeds(options, outcomes)), not overwrite)
+        train(list(_all_rates(options)), resume)
+        train(list(_at_best_rates(options, outcomes)), not overwrite)
     return result(
         "quality",
         rows(options, outcomes),
@@ -200,26 +202,30 @@ def run(
     )
 
 
-def _first_seed(options: QualityOptions) -> Iterator[Case]:
-    for length in options.budget.lengths:
-        for lr in options.lrs:
-            for model in options.models:
-                yield Case(length, model, lr, 0)
+def _all_rates(options: QualityOptions) -> Iterator[Case]:
+    for lr in options.lrs:
+        for model in options.models:
+            yield Case(options.budget.lengths[0], model, lr, 0)
 
 
-def _other_seeds(options: QualityOptions, outcomes: Outcomes) -> Iterator[Case]:
-    for seed in range(1, options.budget.seeds):
+def _at_best_rates(options: QualityOptions, outcomes: Outcomes) -> Iterator[Case]:
+    """What is left when all rates have been tried."""
+    best = {model: best_rate(outcomes, model) for model in options.models}
+    for seed in range(options.budget.seeds):
         for length in options.budget.lengths:
             for model in options.models:
-                yield Case(length, model, best_rate(outcomes, length, model), seed)
+                case = Case(length, model, best[model], seed)
+                if case not in outcomes:
+                    yield case
 
 
-def best_rate(outcomes: Outcomes, length: int, model: str) -> float:
-    """The rate with the least final loss at the first seed."""
+def best_rate(outcomes: Outcomes, model: str) -> float:
+    """The rate with the least final loss at the first length and seed, where all have been tried."""
+    first = min(case for case in outcomes if case.model == model)
     tried = {
         case.lr: final_loss(outcome)
         for case, outcome in outcomes.items()
-        if (case.length, case.model, case.seed) == (length, model, 0)
+        if (case.length, case.model, case.seed) == (first.length, model, 0)
     }
     return min(tried, key=tried.__getitem__)
 
@@ -253,7 +259,7 @@ def rows(options: QualityOptions, outcomes: Outcomes) -> list[Row]:
             losses = [final_loss(outcome) for outcome in group]
             differences = [] if peer is None else [a - final_loss(b) for a, b in zip(losses, peer, strict=True)]
             tokens, seconds = crossing(group, peer) if peer is not None else (None, None)
-            rate = best_rate(outcomes, length, model)
+            rate = best_rate(outcomes, model)
             made.append(
                 {
                     "case": f"{model}, {length:,} tokens",
@@ -282,7 +288,7 @@ def rows(options: QualityOptions, outcomes: Outcomes) -> list[Row]:
 
 
 def _seeds(outcomes: Outcomes, length: int, model: str) -> list[Mapping[str, Any]]:
-    rate = best_rate(outcomes, length, model)
+    rate = best_rate(outcomes, model)
     of_rate = {
         case.seed: o for case, o in outcomes.items() if (case.length, case.model, case.lr) == (length, model, rate)
     }

@@ -56,7 +56,7 @@ def quality(
     json_path: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
-    """Train models of equal size from scratch on the same batches, each with every rate, the best with every seed.
+    """Train models of equal size from scratch on the same batches, each at its best rate.
 
     Example: resonance bench quality --budget XS --models default,llama --plot quality.png
     """
