@@ -60,14 +60,10 @@ def test_accelerated_peers_are_transformers_own(name: str):
         return logits, gradient
 
     exact, size = outputs(), count(model)
-    calls = []
-    original = text.answer_loss
-    assert original is text.answer_loss
     with accelerated_delta_rule():
         model = accelerate(model)
         fast = outputs()
-        calls.append(count(model))
-    assert calls == [size]
+    assert count(model) == size
     for a, b in zip(fast, exact, strict=True):
         assert relative(a, b) < 1e-4
     again = outputs()  # and after it

@@ -41,7 +41,8 @@ def gated_delta_rule(
     query, key = query.float(), key.float()
     if use_qk_l2norm_in_kernel:
         query, key = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, key))
-    query, key = ((x * scale).to(value.dtype) for x, scale in ((query, query.shape[-1] ** -0.5), (key, 1.0)))
+    query = query * query.shape[-1] ** -0.5
+    query, key = query.to(value.dtype), key.to(value.dtype)
     heads = value.shape[2]
     query, key = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (query, key))
     y, state = delta_rule_chunked(value, key, query, beta, g, state=initial_state)
