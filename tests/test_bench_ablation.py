@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -36,6 +37,23 @@ def test_variants_have_the_parameters_of_their_base_and_train(name: str):
         config = sized(COMMON, {**question.base, **fields}, question.base)
         ids = torch.randint(300, (1, 40))
         ResonanceForCausalLM(config).train()(ids, labels=ids).loss.backward()
+
+
+def test_seeds_meet_other_batches_and_variants_the_same(tmp_path, monkeypatch):
+    for i in range(30):
+        (tmp_path / f"{i}.txt").write_text(f"line {i} of many, each a little different\n" * 40)
+    monkeypatch.setitem(ablation.ABLATIONS, "slim", ablation.Ablation(ablation.REAL, {"relu2": {"mlp": "relu2"}}))
+    met = {}
+
+    def learn(folder, task, build, plan, settings, **_):
+        met[folder.parent.name, plan.seed] = task.training_batch(np.random.default_rng(0), 64, 0).input_ids
+        return {"cells": {HELD_OUT: {"loss": 1.0}}, "parameters": 1, "seconds": 1.0}
+
+    monkeypatch.setattr(ablation, "learn", learn)
+    options = ablation.AblationOptions(names=("slim",), output_dir=tmp_path / "runs", data=(str(tmp_path),), seeds=2)
+    ablation.run(replace(options, hidden_size=32, layers=1, vocab_size=300, seq_len=64))
+    assert torch.equal(met["base", 0], met["relu2", 0])
+    assert not torch.equal(met["base", 0], met["base", 1])
 
 
 def test_run_compares_with_the_base_and_resumes(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +156,7 @@ def run(
     for i, case in enumerate(cases):
         outcome = learn(
             options.output_dir / case.folder,
-            task,
+            replace(task, order=case.plan.seed),
             lambda case=case: ResonanceForCausalLM(case.config),
             case.plan,
             settings[case.folder],

@@ -41,7 +41,7 @@ from resonance_nn.progress import InterruptCallback, TrainingInterrupted
 from resonance_nn.rundir import write_errors
 
 TRAINING, WATCHED, FINAL = range(3)  # streams of random numbers that never meet
-REVISION = 2  # raised when a mixer computes something else with the same fields: older runs are not gone on with
+REVISION = 3  # raised when the same settings come to mean another model or other batches: older runs are left alone
 SAVE_SECONDS = 60.0
 RESUME = "free some space and resume"
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}

@@ -237,11 +237,10 @@ def final_loss(outcome: Mapping[str, Any]) -> float:
 
 
 def _settings(options: QualityOptions, case: Case) -> dict[str, Any]:
-    model: dict[str, Any] = {"name": case.model, "fields": None}
-    if case.model in RECIPES:
-        config = options.config(case.model)
-        model["fields"] = {name: getattr(config, name) for name in sorted(ResonanceConfig.own_fields())}
-    return {"data": list(options.data), "length": case.length, "model": model}
+    """What a run depends on beside its plan. A peer's shape follows from the default's."""
+    config = options.config(case.model if case.model in RECIPES else OURS)
+    fields = {name: getattr(config, name) for name in sorted(ResonanceConfig.own_fields())}
+    return {"data": list(options.data), "length": case.length, "model": case.model, "config": fields}
 
 
 def _kept(outcome: Mapping[str, Any]) -> dict[str, Any]:
@@ -289,10 +288,7 @@ def rows(options: QualityOptions, outcomes: Outcomes) -> list[Row]:
 
 def _seeds(outcomes: Outcomes, length: int, model: str) -> list[Mapping[str, Any]]:
     rate = best_rate(outcomes, model)
-    of_rate = {
-        case.seed: o for case, o in outcomes.items() if (case.length, case.model, case.lr) == (length, model, rate)
-    }
-    return [of_rate[seed] for seed in sorted(of_rate)]
+    return [outcomes[case] for case in sorted(outcomes) if (case.length, case.model, case.lr) == (length, model, rate)]
 
 
 def crossing(

@@ -25,8 +25,8 @@ EVALUATED_AT_ONCE = 8192  # tokens
 
 @dataclass(frozen=True)
 class TextTask:
-    """The next token of text: windows in random order, every token once an epoch, and the first windows of held-out
-    files.
+    """The next token of text: windows end to end in random order, anew each epoch, and the first windows of
+    held-out files.
 
     Args:
         train, held_out: the corpus.
