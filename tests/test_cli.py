@@ -35,8 +35,8 @@ FLAGS = {
     "--set --dropout --label-smoothing --z-loss --steps --epochs --tokens --seq-len --batch-size --accumulate --lr "
     "--warmup --optimizer --weight-decay --clip --precision --gradient-checkpointing --compile --seed --device "
     "--save-every --keep --eval-every --log-to --resume --overwrite --json",
-    "eval": "--data --window --batch-size --precision --device --text-field --binary --held-out --lzma --no-lzma "
-    "--json",
+    "eval": "--data --pairs --window --batch-size --precision --device --text-field --binary --held-out --lzma "
+    "--no-lzma --json",
     "generate": f"--prompt --prompt-file --batch --max-new-tokens --stop {COMMON_SAMPLING} --num-beams "
     "--num-return-sequences --save-state --load-state --stream --no-stream --precision --device --json",
     "chat": f"--system --max-new-tokens {COMMON_SAMPLING} --precision --device",
