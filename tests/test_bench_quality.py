@@ -147,19 +147,20 @@ def test_run_tunes_each_model_compares_and_resumes(folder, monkeypatch, capsys):
     arguments += ["--json", str(folder / "q.json"), "--plot", str(folder / "q.png")]
     assert main(arguments) == 0
     payload = json.loads((folder / "q.json").read_text())
+    assert len(payload["rows"]) == 4
     ours, llama, longer, _ = payload["rows"]
     assert (ours["lr"], llama["lr"]) == (3e-3, 3e-3)
     tried = {(run["length"], run["lr"], run["seed"]) for run in payload["runs"] if run["model"] == "default"}
     assert tried == {(32, 1e-4, 0), *((length, 3e-3, seed) for length in (32, 64) for seed in (0, 1))}
     assert len(payload["runs"]) == 2 * len(tried)
-    assert (longer["length"], longer["lr"], len(longer["losses"])) == (64, 3e-3, 2)
+    assert (longer["length"], longer["lr"], len(longer["values"])) == (64, 3e-3, 2)
     assert ours["ours"] < math.log(300)
     assert ours["difference"] == pytest.approx(ours["ours"] - llama["ours"])
     assert llama["difference"] == 0
     assert llama["share_of_tokens"] == pytest.approx(1.0)
     assert abs(ours["parameters"] / llama["parameters"] - 1) <= TOLERANCE
     assert ours["bits_per_byte"] > 0
-    assert len(ours["losses"]) == 2
+    assert len(ours["values"]) == 2
     assert (folder / "q.png").read_bytes()[:4] == b"\x89PNG"
     assert main([*arguments, "--resume"]) == 0
     assert json.loads((folder / "q.json").read_text())["rows"] == payload["rows"]
@@ -170,6 +171,49 @@ def test_run_tunes_each_model_compares_and_resumes(folder, monkeypatch, capsys):
     peer = [*arguments[:4], "--models", "llama", *arguments[6:], "--resume", "--set", "num_heads=2"]
     assert main(peer) == 2  # a peer's heads and size are those of ours
     assert "num_heads was 1 and is 2" in capsys.readouterr().err
+
+
+def test_finished_models_are_judged_elsewhere(folder, capsys, monkeypatch):
+    """Bits per byte of a text are those of the saved weights in windows; what is known is not measured again."""
+    monkeypatch.setitem(quality.BUDGETS, "XS", TINY)
+    (folder / "other.txt").write_text("line 3 of few, each rather different\n" * 20)
+    pairs = [{"sentence_good": "line 1 of many", "sentence_bad": "Zq~ %%Zq~ %%Zq~ %%"}] * 3
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    runs = folder / "runs"
+    arguments = ["bench", "quality", "--budget", "XS", "--models", "default,llama,mamba2", "--seeds", "1"]
+    arguments += ["--data", str(folder / "text"), "--lrs", "3e-3", "--output-dir", str(runs)]
+    assert main(arguments) == 0
+    arguments += ["--resume", "--json", str(folder / "q.json"), "--text", str(folder / "other.txt")]
+    capsys.readouterr()
+    assert main([*arguments, "--pairs", str(folder / "pairs.jsonl")]) == 0
+    assert "bits per byte, other.txt" in capsys.readouterr().out
+    rows = json.loads((folder / "q.json").read_text())["rows"]
+    found = {(row["model"], row["metric"]): row["ours"] for row in rows}
+    assert len(found) == len(rows) == 9
+    assert all(found[model, "accuracy on minimal pairs"] == 1 for model in ("default", "llama", "mamba2"))
+    options = QualityOptions(budget=replace(TINY, seeds=1), data=(str(folder / "text"),), output_dir=runs, lrs=(3e-3,))
+    model = ResonanceForCausalLM.from_pretrained(runs / Case(64, "default", 3e-3, 0).folder / "model").eval()
+    tokenizer = text.text_tokenizer(find_documents([str(folder / "text")]), 300)
+    ids = [
+        tokenizer.bos_token_id,
+        *tokenizer((folder / "other.txt").read_text(), add_special_tokens=False)["input_ids"],
+    ]
+    windows = (len(ids) - 1) // 64
+    at = torch.arange(windows)[:, None] * 64 + torch.arange(65)
+    batch = torch.tensor(ids)[at]
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        nats = text.next_token_loss(model, Batch(batch[:, :-1], batch[:, 1:]))[1].item()
+    a_byte = nats / math.log(2) * len(ids) / (folder / "other.txt").stat().st_size
+    assert found["default", "bits per byte, other.txt"] == pytest.approx(a_byte, rel=1e-4)
+
+    def fail(*_):
+        raise AssertionError("measured again")
+
+    monkeypatch.setattr(quality, "build", fail)
+    assert main([*arguments, "--pairs", str(folder / "pairs.jsonl")]) == 0
+    (folder / "other.txt").write_text("another text altogether, of some length\n" * 20)
+    with pytest.raises(AssertionError, match="measured again"):
+        quality.run(replace(options, models=("default",), texts=(str(folder / "other.txt"),)), resume=True)
 
 
 def test_muon_and_other_recipes_train(folder):

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +20,20 @@ import torch
 from transformers import PreTrainedModel
 
 from resonance_nn.bench.accelerated import accelerate, accelerated_delta_rule
-from resonance_nn.bench.common import Row, figure, result
+from resonance_nn.bench.common import Row, result
 from resonance_nn.bench.fit import confidence95
 from resonance_nn.bench.learning import Plan, described, learn, prepare
 from resonance_nn.bench.models import sized
 from resonance_nn.bench.peers import PEERS, build_peer, count
 from resonance_nn.bench.text import HELD_OUT, TextTask, text_task
+from resonance_nn.bench.zero_shot import Measurement, figures, measurements
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import find_documents
 from resonance_nn.evaluation import resolve_device
 from resonance_nn.models import ResonanceForCausalLM
 
 OURS = "default"
+LOSS = "held-out loss, nats a token"
 WARMUP = 0.05  # of the steps
 RECIPES: dict[str, dict[str, Any]] = {  # fields of ours; the MLP's width makes parameters equal to the default's
     OURS: {},
@@ -68,7 +71,8 @@ BUDGETS = {
 
 @dataclass(frozen=True)
 class QualityOptions:
-    """What to run. ``fields`` are added to those of our default, for a recipe under test."""
+    """What to run. ``fields`` are added to those of our default, for a recipe under test; the finished models are
+    judged on ``texts`` and ``pairs`` too."""
 
     models: tuple[str, ...] = (OURS, "llama", "mamba2", "gated_delta")
     budget: Budget = BUDGETS["S"]
@@ -78,6 +82,8 @@ class QualityOptions:
     plan: Plan = field(default_factory=lambda: Plan(steps=1, cooldown=1.0))
     fields: Mapping[str, Any] = field(default_factory=dict)
     evaluations: int = 20
+    texts: tuple[str, ...] = ()
+    pairs: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise ValueError naming the option, its value and what is allowed."""
@@ -190,12 +196,14 @@ def run(
                 report=lambda spent, line, case=case: progress(len(outcomes), total, case, spent, line),
             )
 
+    elsewhere = measurements(documents, budget.vocab_size, folder / "data", options.texts, options.pairs)
     with accelerated_delta_rule():
         train(list(_all_rates(options)), resume)
         train(list(_at_best_rates(options, outcomes)), not overwrite)
+        judged = _judge(options, outcomes, elsewhere, progress)
     return result(
         "quality",
-        rows(options, outcomes),
+        rows(options, outcomes) + judged,
         resolve_device(options.plan.device),
         options={**asdict(options), "output_dir": str(options.output_dir)},
         runs=[{**asdict(case), **_kept(outcome)} for case, outcome in outcomes.items()],
@@ -251,30 +259,24 @@ def _kept(outcome: Mapping[str, Any]) -> dict[str, Any]:
 def rows(options: QualityOptions, outcomes: Outcomes) -> list[Row]:
     """A row of each model and length, at its best rate; ``peer`` is Llama where there is one."""
     made: list[Row] = []
+    best = best_cases(options, outcomes)
     for length in options.budget.lengths:
-        groups = {model: _seeds(outcomes, length, model) for model in options.models}
+        groups = {model: [outcomes[case] for case in best[length, model]] for model in options.models}
         peer = groups.get("llama")
         for model, group in groups.items():
             losses = [final_loss(outcome) for outcome in group]
-            differences = [] if peer is None else [a - final_loss(b) for a, b in zip(losses, peer, strict=True)]
+            others = None if peer is None else [final_loss(outcome) for outcome in peer]
             tokens, seconds = crossing(group, peer) if peer is not None else (None, None)
-            rate = best_rate(outcomes, model)
+            rate = best[length, model][0].lr
             made.append(
                 {
                     "case": f"{model}, {length:,} tokens",
-                    "metric": "held-out loss, nats a token",
-                    "ours": _finite(_mean(losses)),
-                    "peer": None if peer is None else _finite(_mean([final_loss(outcome) for outcome in peer])),
-                    "peer_name": None if peer is None else PEERS["llama"].label,
-                    "ratio": None,
+                    "metric": LOSS,
+                    **compared(losses, others),
                     "model": model,
                     "length": length,
                     "lr": rate,
                     "lr_at_edge": len(options.lrs) > 2 and rate in (min(options.lrs), max(options.lrs)),
-                    "losses": [_finite(loss) for loss in losses],
-                    "interval": confidence95(losses),
-                    "difference": _finite(_mean(differences)) if differences else None,
-                    "difference_interval": confidence95(differences),
                     "bits_per_byte": _finite(_mean([_bits(outcome) for outcome in group])),
                     "share_of_tokens": tokens,
                     "share_of_seconds": seconds,
@@ -286,9 +288,53 @@ def rows(options: QualityOptions, outcomes: Outcomes) -> list[Row]:
     return made
 
 
-def _seeds(outcomes: Outcomes, length: int, model: str) -> list[Mapping[str, Any]]:
-    rate = best_rate(outcomes, model)
-    return [outcomes[case] for case in sorted(outcomes) if (case.length, case.model, case.lr) == (length, model, rate)]
+def compared(values: Sequence[float], peer: Sequence[float] | None) -> Row:
+    """Figures of the seeds of a model, and Llama's where there are some: the means, the difference seed by seed, and
+    the half-widths of the 95% intervals of both."""
+    differences = [] if peer is None else [a - b for a, b in zip(values, peer, strict=True)]
+    return {
+        "ours": _finite(_mean(values)),
+        "peer": None if peer is None else _finite(_mean(peer)),
+        "peer_name": None if peer is None else PEERS["llama"].label,
+        "ratio": None,
+        "values": [_finite(value) for value in values],
+        "interval": confidence95(values),
+        "difference": _finite(_mean(differences)) if differences else None,
+        "difference_interval": confidence95(differences),
+    }
+
+
+def _judge(
+    options: QualityOptions, outcomes: Outcomes, elsewhere: Sequence[Measurement], progress: Callable[..., None]
+) -> list[Row]:
+    """What the models at their best rates are worth elsewhere: a row of each measurement, model and length."""
+    if not elsewhere:
+        return []
+    groups, found = best_cases(options, outcomes), {}
+    cases = [case for group in groups.values() for case in group]
+    for i, case in enumerate(cases):
+        progress(i, len(cases), case, 0.0, {})
+        make = partial(build, options, case)
+        found[case] = figures(options.output_dir / case.folder, make, elsewhere, case.length, options.plan)
+    made: list[Row] = []
+    for metric in (one.metric for one in elsewhere):
+        values = {of: [found[case][metric] for case in group] for of, group in groups.items()}
+        for (length, model), own in values.items():
+            about = {"case": f"{model}, {length:,} tokens", "metric": metric, "model": model, "length": length}
+            made.append({**about, **compared(own, values.get((length, "llama")))})
+    return made
+
+
+def best_cases(options: QualityOptions, outcomes: Outcomes) -> dict[tuple[int, str], list[Case]]:
+    """The runs of each length and model at its best rate, by seed."""
+    best = {model: best_rate(outcomes, model) for model in options.models}
+    return {
+        (length, model): [
+            case for case in sorted(outcomes) if (case.length, case.model, case.lr) == (length, model, lr)
+        ]
+        for length in options.budget.lengths
+        for model, lr in best.items()
+    }
 
 
 def crossing(
@@ -334,38 +380,3 @@ def _mean(values: Sequence[float]) -> float:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-def plot(payload: Mapping[str, Any], path: str | Path) -> None:
-    """Held-out loss over tokens and over training seconds, two panels a length; the band is from the least to the
-    largest of the seeds. The first fifth of the budget, where all losses are large, may be cut off."""
-    lengths = payload["options"]["budget"]["lengths"]
-    best = {(row["length"], row["model"]): row["lr"] for row in payload["rows"]}
-    with figure(path, payload, panels=2 * len(lengths)) as panels:
-        for i, axes in enumerate(panels):
-            length, by_tokens = lengths[i // 2], i % 2 == 0
-            late: list[float] = []
-            for model in payload["options"]["models"]:
-                chosen = (length, model, best[length, model])
-                runs = [run for run in payload["runs"] if (run["length"], run["model"], run["lr"]) == chosen]
-                late += _plot_curve(axes, runs, model, by_tokens)
-            if late:
-                axes.set_ylim(min(late) - 0.05, max(late) + 0.05)
-            axes.set_xlabel("training tokens, millions" if by_tokens else "training minutes")
-            axes.set_ylabel("held-out loss, nats a token")
-            axes.set_title(f"windows of {length:,} tokens", fontsize="small")
-            axes.grid(alpha=0.3)
-            axes.legend(fontsize="small")
-
-
-def _plot_curve(axes: Any, runs: Sequence[Mapping[str, Any]], model: str, by_tokens: bool) -> list[float]:
-    """Draw the mean of some runs and their spread; the losses after a fifth of the budget."""
-    curves = [[line for line in run["curve"] if line["cells"][HELD_OUT]["loss"] is not None] for run in runs]
-    points = list(zip(*curves, strict=False))
-    a_step = runs[0]["tokens"] / runs[0]["steps"] / 1e6
-    losses = [[line["cells"][HELD_OUT]["loss"] for line in point] for point in points]
-    means = [_mean(each) for each in losses]
-    x = [_mean([line["step"] * a_step if by_tokens else line["training_seconds"] / 60 for line in p]) for p in points]
-    (drawn,) = axes.plot(x, means, label=model)
-    axes.fill_between(x, list(map(min, losses)), list(map(max, losses)), alpha=0.2, color=drawn.get_color())
-    return means[len(means) // 5 :]

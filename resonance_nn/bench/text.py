@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
 
 from resonance_nn.bench.tasks import answer_loss
 from resonance_nn.data import Documents, TokenStore, read_texts, split_documents, train_tokenizer
@@ -110,8 +111,13 @@ def text_task(documents: Documents, folder: Path, seq_len: int, vocab_size: int,
     ``options``: further fields of :class:`TextTask`.
     """
     train, held_out = split_documents(documents)
-    tokenizer = train_tokenizer(read_texts(train), vocab_size, progress=False)
+    tokenizer = text_tokenizer(documents, vocab_size)
     stores = [
         TokenStore.build(part, tokenizer, folder / name) for part, name in ((train, "train"), (held_out, "held-out"))
     ]
     return TextTask(stores[0], stores[1], seq_len, vocab_size, **options)
+
+
+def text_tokenizer(documents: Documents, vocab_size: int) -> PreTrainedTokenizerBase:
+    """Of the training part of a corpus; the same at every call."""
+    return train_tokenizer(read_texts(split_documents(documents)[0]), vocab_size, progress=False)

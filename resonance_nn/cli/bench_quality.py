@@ -36,6 +36,14 @@ def quality(
         list[str] | None,
         typer.Option(help="File, folder, glob, stdlib or hub:org/name; repeats.", show_default="stdlib"),
     ] = None,
+    text: Annotated[
+        list[str] | None,
+        typer.Option(help="As --data: texts the finished models are judged on; repeats.", show_default=False),
+    ] = None,
+    pairs: Annotated[
+        list[str] | None,
+        typer.Option(help="JSONL of minimal pairs, or a folder of them, to judge on; repeats.", show_default=False),
+    ] = None,
     lengths: Annotated[
         str | None, typer.Option(help="Tokens of a window, by commas.", show_default="the budget's")
     ] = None,
@@ -71,6 +79,7 @@ def quality(
 
     from resonance_nn.bench import quality as suite
     from resonance_nn.bench.learning import Plan
+    from resonance_nn.bench.quality_plot import plot as draw
     from resonance_nn.evaluation import resolve_device
 
     if budget not in suite.BUDGETS:
@@ -92,12 +101,14 @@ def quality(
             device=resolve_device(device),
         ),
         fields=fields,
+        texts=tuple(text or ()),
+        pairs=tuple(pairs or ()),
     )
     with showing(_state) as report:
         payload = suite.run(options, resume=resume, overwrite=overwrite, progress=report)
     _show(payload, console_for(json_path))
     if plot is not None:
-        suite.plot(payload, plot)
+        draw(payload, plot)
     if json_path is not None:
         write_json(json_path, payload)
 
@@ -115,7 +126,10 @@ def _show(payload: Mapping[str, Any], out: Console) -> None:
     """The table and its notes."""
     from rich.table import Table
 
+    from resonance_nn.bench.quality import LOSS
+
     machine, rows = payload["machine"], payload["rows"]
+    losses, elsewhere = ([row for row in rows if (row["metric"] == LOSS) == kind] for kind in (True, False))
     seeds = payload["options"]["budget"]["seeds"]
     title = f"held-out loss, nats a token; {payload['options']['budget']['tokens']:,} tokens a run, {seeds} seeds; "
     view = Table("case", title=title + f"{machine['cpu']}, {machine['threads']} threads", highlight=False)
@@ -124,19 +138,16 @@ def _show(payload: Mapping[str, Any], out: Console) -> None:
     for heading in ("meets Llama: tokens", "seconds", "minutes"):
         view.add_column(heading, justify="right")
 
-    def text(value: float | None, form: str = ".4f") -> str:
-        return "" if value is None else format(value, form)
-
-    for row in rows:
+    for row in losses:
         view.add_row(
             *(row["case"], f"{row['parameters']:,}", f"{row['lr']:g}" + "*" * row["lr_at_edge"]),
-            *("diverged" if row["ours"] is None else text(row["ours"]), text(row["interval"])),
-            *(text(row["difference"], "+.4f"), text(row["difference_interval"]), text(row["bits_per_byte"])),
-            *(text(row["share_of_tokens"], ".0%"), text(row["share_of_seconds"], ".0%")),
+            *("diverged" if row["ours"] is None else _text(row["ours"]), _text(row["interval"])),
+            *(*_difference(row), _text(row["bits_per_byte"])),
+            *(_text(row["share_of_tokens"], ".0%"), _text(row["share_of_seconds"], ".0%")),
             f"{row['training_seconds'] / 60:.1f}",
         )
     wide_view(out).print(view)
-    if any(row["lr_at_edge"] for row in rows):
+    if any(row["lr_at_edge"] for row in losses):
         out.print("* the best rate is the least or the largest tried: --lrs may go further", markup=False)
     if any(row["peer_name"] for row in rows):
         out.print(
@@ -145,5 +156,21 @@ def _show(payload: Mapping[str, Any], out: Console) -> None:
             markup=False,
             soft_wrap=True,
         )
-    for model, note in {row["model"]: row["note"] for row in rows if row["note"]}.items():
+    for model, note in {row["model"]: row["note"] for row in losses if row["note"]}.items():
         out.print(f"{model}: {note}", markup=False, soft_wrap=True)
+    if elsewhere:
+        view = Table("case", "metric", title="elsewhere", highlight=False)
+        for heading in ("figure", "± 95%", "less Llama", "± 95%"):
+            view.add_column(heading, justify="right")
+        for row in elsewhere:
+            figures = (_text(row["ours"]), _text(row["interval"]))
+            view.add_row(row["case"], row["metric"], *figures, *_difference(row))
+        wide_view(out).print(view)
+
+
+def _text(value: float | None, form: str = ".4f") -> str:
+    return "" if value is None else format(value, form)
+
+
+def _difference(row: Mapping[str, Any]) -> tuple[str, str]:
+    return _text(row["difference"], "+.4f"), _text(row["difference_interval"])
