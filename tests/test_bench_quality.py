@@ -18,7 +18,7 @@ from resonance_nn.bench.peers import TOLERANCE, build_peer, count
 from resonance_nn.bench.quality import MODELS, Budget, Case, QualityOptions, crossing
 from resonance_nn.cli import main
 from resonance_nn.config import ResonanceConfig
-from resonance_nn.data import find_documents
+from resonance_nn.data import encode_bytes, find_documents
 from resonance_nn.data.synthetic import Batch
 from resonance_nn.models import ResonanceForCausalLM
 
@@ -191,13 +191,11 @@ def test_finished_models_are_judged_elsewhere(folder, capsys, monkeypatch):
     found = {(row["model"], row["metric"]): row["ours"] for row in rows}
     assert len(found) == len(rows) == 9
     assert all(found[model, "accuracy on minimal pairs"] == 1 for model in ("default", "llama", "mamba2"))
-    options = QualityOptions(budget=replace(TINY, seeds=1), data=(str(folder / "text"),), output_dir=runs, lrs=(3e-3,))
+    budget = replace(TINY, seeds=1, tokens_per_batch=4096)
+    options = QualityOptions(budget=budget, data=(str(folder / "text"),), output_dir=runs, lrs=(3e-3,))
     model = ResonanceForCausalLM.from_pretrained(runs / Case(64, "default", 3e-3, 0).folder / "model").eval()
     tokenizer = text.text_tokenizer(find_documents([str(folder / "text")]), 300)
-    ids = [
-        tokenizer.bos_token_id,
-        *tokenizer((folder / "other.txt").read_text(), add_special_tokens=False)["input_ids"],
-    ]
+    ids = [0, *encode_bytes(tokenizer, (folder / "other.txt").read_bytes()), 0]  # a document and its end
     windows = (len(ids) - 1) // 64
     at = torch.arange(windows)[:, None] * 64 + torch.arange(65)
     batch = torch.tensor(ids)[at]

@@ -53,7 +53,8 @@ FLAGS = {
     "bench ops": "--ops --tokens --length --hidden-size --heads --vocab-size --repeats --dtype --seed --device --json "
     "--plot",
     "bench quality": "--models --budget --data --text --pairs --lengths --tokens --seeds --lrs --optimizer --cooldown "
-    "--weight-decay --tokens-per-batch --set --dtype --threads --device --output-dir --resume --overwrite --json --plot",
+    "--weight-decay --tokens-per-batch --set --dtype --threads --device --output-dir --resume --overwrite --json "
+    "--plot",
     "bench scaling": f"--lengths --full --chunk --whole --peer-max-length --repeats {COMMON_MODELS}",
     "bench recall": f"--full --vocab-size --lengths --pairs --watch --fillers {COMMON_LEARNING}",
     "bench spectrum": "--data --tokens --window --device --json --plot",
