@@ -19,7 +19,7 @@ SIZES: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 1536, "num_hidden_layers": 32},
     "xlarge": {"hidden_size": 2048, "num_hidden_layers": 40},
 }
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 DERIVED: Any = None  # a field left out: __post_init__ derives it from the width
 CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
     "filters": ("head", "channel"),
@@ -77,6 +77,7 @@ class ResonanceConfig(PreTrainedConfig):
         mode_noise: ``spectral_gate``: scale of the Gumbel noise on those scores in training.
         entropy_weight: ``spectral_gate``: weight λ of λ(log N − H(p)) in the loss, p the modes' share of energy.
         trapezoidal: ``spectral_gate``: whether a token writes a learned mean of its input and the one before.
+        key_groups: ``holographic``: G groups of heads that share keys and queries; None means a group a head.
         erase: ``holographic``: what a write erases first: "delta" (β of what its key recalls), "gated" (erase and write
             gates a channel), "hermitian" (the complex form of "gated") or "none" (Hebbian).
         decay: ``holographic``: forgetting by one factor a "head", one a key "channel", or "none".
@@ -142,6 +143,7 @@ class ResonanceConfig(PreTrainedConfig):
     mode_noise: float | int = 0.0
     entropy_weight: float | int = 0.0
     trapezoidal: bool = False
+    key_groups: int | None = 1
     erase: str = "delta"
     decay: str = "head"
     max_beta: float | int = 1.0
@@ -190,6 +192,8 @@ class ResonanceConfig(PreTrainedConfig):
             self.num_modes = max(1, self.hidden_size // self.num_heads // 2)
         if self.num_groups is None:
             self.num_groups = self.num_heads
+        if self.key_groups is None:
+            self.key_groups = self.num_heads
         if self.min_damping is DERIVED:
             self.min_damping = self.max_coupling / (2 * self.initial_context)
         if self.time_step_limit is not None:
@@ -267,7 +271,7 @@ class ResonanceConfig(PreTrainedConfig):
         ):
             value = getattr(self, field)
             check(type(value) is int and value >= minimum, field, f"an integer ≥ {minimum}")
-        for field in ("intermediate_size", "num_modes", "num_groups"):
+        for field in ("intermediate_size", "num_modes", "num_groups", "key_groups"):
             value = getattr(self, field)
             check(value is DERIVED or (type(value) is int and value >= 1), field, "an integer ≥ 1, or None to derive")
         width, of_width = self.hidden_size, "hidden_size"
@@ -293,8 +297,9 @@ class ResonanceConfig(PreTrainedConfig):
         ascending = len(lengths) > 0 and all(type(s) is int and s >= 2 for s in lengths)
         ascending = ascending and all(a < b for a, b in itertools.pairwise(lengths))
         check(ascending, "scales", "one or more integers ≥ 2, ascending, such as (4, 16)")
-        if self.num_groups is not None:
-            check(self.num_heads % self.num_groups == 0, "num_groups", f"a divisor of num_heads = {self.num_heads}")
+        for field in ("num_groups", "key_groups"):
+            groups = getattr(self, field)
+            check(groups is None or self.num_heads % groups == 0, field, f"a divisor of num_heads = {self.num_heads}")
         for field, choices in CHOICES.items():
             check(getattr(self, field) in choices, field, " or ".join(map(repr, choices)))
         without = [name for name in self.mixers if self.backend not in mixer_class(name).backends]
@@ -353,10 +358,14 @@ def _default_heads(hidden_size: int) -> int:
 
 
 def _upgraded(fields: dict[str, Any]) -> dict[str, Any]:
-    """A saved configuration of format 1 as one of format 2, which has fields for what was fixed before."""
-    if fields.get("format_version") != 1:
+    """A saved configuration of an earlier format as one of this, which has fields for what was fixed before."""
+    version = fields.get("format_version")
+    if version not in (1, 2):
         return fields
-    fields = {"mlp": "swiglu", "activate_values": True, "num_groups": None, **fields, "format_version": FORMAT_VERSION}
+    fields = {"key_groups": None, **fields, "format_version": FORMAT_VERSION}
+    if version == 2:
+        return fields
+    fields = {"mlp": "swiglu", "activate_values": True, "num_groups": None, **fields}
     if fields.get("rotation") is None:  # it was "step" in one mixer and "none" in the other
         mixers = str(fields.get("mixers", "spectral_gate"))
         if "spectral_gate" in mixers and "holographic" in mixers:

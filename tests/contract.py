@@ -41,6 +41,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [  # every causal mixer as it comes
     ("spectral_gate", {"num_groups": None, "frequency_mixing": True, "mode_fraction": 0.4, "entropy_weight": 0.1}),
     ("spectral_gate", {"rotation": "step", "num_groups": None, "mode_fraction": 0.4, "trapezoidal": True}),
     ("spectral_gate", {**MAMBA2, "rotation": "token", "mode_fraction": 0.4, "trapezoidal": True}),
+    ("holographic", {"key_groups": None}),
     ("holographic", {"rotation": "token", "max_beta": 2.0}),
     ("holographic", {"erase": "gated", "decay": "channel"}),
     ("holographic", {"erase": "gated", "decay": "channel", "rotation": "step"}),

@@ -64,8 +64,10 @@ def definition(m: HolographicMixer, x: Tensor) -> Tensor:
     taps = p["conv.weight"]
     before = F.pad(qkv, (0, 0, len(taps) - 1, 0))
     qkv = F.silu(sum(taps[j] * before[:, len(taps) - 1 - j :][:, :L] for j in range(len(taps))))
-    q, k, v = (t.view(B, L, H, -1) for t in qkv.split((H * K, H * K, D), dim=-1))
-    q, k = unit(q) / math.sqrt(K), unit(k)
+    shared = H // m.key_groups
+    q, k, v = qkv.split((H * K // shared, H * K // shared, D), dim=-1)
+    q, k = (unit(t.view(B, L, -1, K)).repeat_interleave(shared, dim=2) for t in (q, k))
+    v = v.view(B, L, H, -1)
     T = m.turning_heads
     G = H - T
     S, outputs = torch.zeros(B, T, N, P, dtype=torch.complex128), []

@@ -16,6 +16,10 @@ from transformers.models.qwen3_next.modeling_qwen3_next import (
 from resonance_nn.ops.delta_rule import delta_rule_chunked, delta_rule_reference, delta_rule_step
 
 FORMS = {
+    "proper": {"beta": True},
+    "proper_shared": {"beta": True, "groups": 1},
+    "shared": {"groups": 1},
+    "shared_turning": {"groups": 1, "turning": True},
     "head": {},
     "channel": {"channel": True},
     "channel_promised": {"channel": True, "min_log_decay": -5.0},
@@ -35,8 +39,10 @@ def inputs(L, form, dtype=torch.float64, B=2, H=3, P=5, N=4, strength=1.0):
     K = 2 * N
     channel, turning = form.get("channel", False), form.get("turning", False)
     v = torch.randn(B, L, H, P, dtype=dtype)
-    k, q = (F.normalize(torch.randn(B, L, H, K, dtype=dtype), dim=-1) for _ in range(2))
-    erase = None if form.get("nothing_erased") else strength * torch.rand(B, L, H, K, dtype=dtype) * k
+    G = form.get("groups", H)
+    k, q = (F.normalize(torch.randn(B, L, G, K, dtype=dtype), dim=-1) for _ in range(2))
+    gate = torch.rand((B, L, H) if form.get("beta") else (B, L, H, K), dtype=dtype)
+    erase = None if form.get("nothing_erased") else strength * gate * (1 if form.get("beta") else k)
     shape = (B, L, H, N if turning or form.get("hermitian") else K) if channel else (B, L, H)
     log_decay = -4.9 * torch.rand(shape, dtype=dtype) ** 4
     angle = 4 * torch.randn(B, L, H, N, dtype=dtype) if turning else None

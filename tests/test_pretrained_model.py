@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from resonance_nn import ResonanceCache, ResonanceConfig, ResonanceForCausalLM, ResonanceModel
+from resonance_nn.config import FORMAT_VERSION
 from resonance_nn.mixers import MIXERS
 
 stacks = pytest.mark.parametrize("mixers", STACKS.values(), ids=STACKS)
@@ -192,16 +193,30 @@ def test_export_with_and_without_a_mask():
 @pytest.mark.parametrize(("mixer", "rotation"), [("spectral_gate", "step"), ("holographic", "none")])
 def test_configurations_of_format_1_keep_their_meaning(mixer: str, rotation: str, tmp_path):
     """What had no field then, or was left to the mixer, is what it was; a later save is of the present format."""
-    config = small_config((mixer,), mlp="swiglu", activate_values=True, rotation=rotation, num_groups=2)
+    common = {"mlp": "swiglu", "activate_values": True, "rotation": rotation, "num_groups": 2, "key_groups": None}
+    config = small_config((mixer,), **common)
     model = ResonanceForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
-    old = {k: v for k, v in saved.items() if k not in ("mlp", "activate_values")} | {"rotation": None}
+    old = {k: v for k, v in saved.items() if k not in ("mlp", "activate_values", "key_groups")}
+    old["rotation"] = None
     (tmp_path / "config.json").write_text(json.dumps(old | {"format_version": 1}))
     loaded = ResonanceForCausalLM.from_pretrained(tmp_path).eval()
     ids = torch.randint(0, 61, (1, 9))
     assert torch.equal(loaded(ids).logits, model(ids).logits)
-    assert (loaded.config.format_version, loaded.config.rotation) == (2, rotation)
+    assert (loaded.config.format_version, loaded.config.rotation) == (FORMAT_VERSION, rotation)
+
+
+def test_keys_of_format_2_are_a_heads_own(tmp_path):
+    model = ResonanceForCausalLM(small_config(("holographic",), key_groups=None)).eval()
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    del saved["key_groups"]
+    (tmp_path / "config.json").write_text(json.dumps(saved | {"format_version": 2}))
+    loaded = ResonanceForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(0, 61, (1, 9))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.config.format_version == FORMAT_VERSION
 
 
 def test_a_configuration_of_format_1_that_meant_two_things_is_refused():

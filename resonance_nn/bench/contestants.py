@@ -136,7 +136,14 @@ MAMBA2 = {
     "expand": 2,
     "norm_eps": 1e-5,
 }
-HOLOGRAPHIC = {"mixers": ("holographic",), "erase": "delta", "decay": "head", "rotation": "none", "max_beta": 1.0}
+HOLOGRAPHIC: dict[str, Any] = {
+    "mixers": ("holographic",),
+    "key_groups": None,
+    "erase": "delta",
+    "decay": "head",
+    "rotation": "none",
+    "max_beta": 1.0,
+}
 CHANNEL = {**HOLOGRAPHIC, "decay": "channel"}
 CONTESTANTS: dict[str, Contestant] = {
     "llama": Contestant(None, f"{PEER}; parameters within 2% of spectral_gate's at K = 64"),

@@ -38,7 +38,7 @@ WARMUP = 0.05  # of the steps
 RECIPES: dict[str, dict[str, Any]] = {  # fields of ours; the MLP's width makes parameters equal to the default's
     OURS: {},
     "complex_ssd": {"rotation": "step", "trapezoidal": True, "activate_values": True},
-    "erase_write": {"mixers": ("holographic",), "decay": "channel", "erase": "gated"},
+    "erase_write": {"mixers": ("holographic",), "key_groups": None, "decay": "channel", "erase": "gated"},
 }
 NOTES = {
     "mamba2": "its scan computed by our operator, equal to transformers' in tests/test_mamba2.py",

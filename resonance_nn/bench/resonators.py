@@ -16,6 +16,7 @@ from resonance_nn.mixers.resolvent import ResolventMixer
 from resonance_nn.mixers.resonance import ResonanceMixer
 from resonance_nn.mixers.spectral_gate import SpectralGateMixer, modulus
 from resonance_nn.ops.precision import wide_linear
+from resonance_nn.ops.semiseparable import to_heads
 from resonance_nn.ops.spectral_theory import spectral_report
 
 SAMPLE_EVERY = 32  # tokens between two looks at a memory
@@ -64,7 +65,8 @@ def _holographic(mixer: HolographicMixer, x: Tensor) -> Reading:
     log_decay = log_decay if log_decay.dim() == 4 else log_decay[..., None]
     angle = torch.zeros_like(log_decay) if angle is None else angle
     qkv, _ = mixer.conv(mixer.in_proj(x).split(mixer.sizes, dim=-1)[0])
-    q = F.normalize(F.silu(qkv[..., : mixer.num_heads * K]).unflatten(-1, (-1, K)), dim=-1)
+    q = F.normalize(F.silu(qkv[..., : mixer.key_groups * K]).unflatten(-1, (-1, K)), dim=-1)
+    q = to_heads(q, mixer.num_heads)
     if mixer.erase in ("delta", "none"):
         gates = {"beta": mixer.max_beta * torch.sigmoid(mixer.beta_proj(x))}
     else:

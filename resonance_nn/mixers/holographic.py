@@ -12,14 +12,16 @@ from torch.nn import functional as F
 from resonance_nn.layers import RMSNorm, ShortConv
 from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens
 from resonance_nn.ops.delta_rule import delta_rule_chunked, delta_rule_step
-from resonance_nn.ops.elementwise import silu_gate
+from resonance_nn.ops.elementwise import silu_gate, unit
 from resonance_nn.ops.polygon import polygon_transition
 from resonance_nn.ops.precision import wide_dtype, wide_linear
+from resonance_nn.ops.semiseparable import to_heads
 
 if TYPE_CHECKING:
     from resonance_nn.config import ResonanceConfig
 
 MIN_LOG_DECAY = -5.0  # of a channel's decay: a token keeps at least e^−5
+UNIT_EPS = 1e-6  # added to |q|² and |k|²
 
 FLA_OPTIONS = {  # that fla's kernels have
     "erase": ("delta", "none"),
@@ -31,7 +33,8 @@ FLA_OPTIONS = {  # that fla's kernels have
 class HolographicMixer(Mixer):
     """The operator of ``ops.delta_rule`` with keys, values and gates from the token:
 
-        q, k, v = silu(shortconv(W x))          K = 2·num_modes reals a key, |k| = 1, |q| = K^{−1/2}
+        q, k, v = silu(shortconv(W x))          K = 2·num_modes reals a key, |q| = |k| = 1, shared by the heads of each
+                                                of G = key_groups groups
         δ_t     = softplus(W_δ x + bias)        α_t = exp(−a δ_t), a = softplus(·) one a head
         β_t     = max_beta · σ(W_β x)
         S_t     = (I − β_t k_t k_t^T) α_t S_{t−1} + β_t k_t v_t^T
@@ -53,7 +56,7 @@ class HolographicMixer(Mixer):
     W_λ is a parameter of its own and no linear layer, as weight decay would pull λ inwards and make the state forget.
     Angles and log-decays add up over tokens, so what they come from is computed in float32 or wider under autocast too.
 
-    State: ``conv`` (B, W − 1, H(2K + P)), ``memory`` (B, H, K, P), whatever the context.
+    State: ``conv`` (B, W − 1, 2GK + HP), ``memory`` (B, H, K, P), whatever the context.
     """
 
     state_names = ("conv", "memory")
@@ -63,7 +66,7 @@ class HolographicMixer(Mixer):
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
         super().__init__(config, layer_idx)
         D, H, N, P = config.hidden_size, config.num_heads, config.num_modes, self.head_dim
-        self.num_modes = N
+        self.num_modes, self.initializer_range = N, config.initializer_range
         self.shortest, self.longest = config.shortest_context, config.initial_context
         self.chunk_size, self.backend = min(config.chunk_size, 64), config.backend
         self.erase, self.decay, self.max_beta = config.erase, config.decay, config.max_beta
@@ -79,7 +82,8 @@ class HolographicMixer(Mixer):
                         f"use backend = 'torch', or {field} = {' or '.join(map(repr, allowed))}"
                     )
         K = 2 * N
-        self.sizes = (2 * K * H + D, D)  # [q | k | v] for the convolution, z
+        self.key_groups = config.key_groups or H
+        self.sizes = (2 * K * self.key_groups + D, D)  # [q | k | v] for the convolution, z
         self.in_proj = nn.Linear(D, sum(self.sizes), bias=False)
         self.conv = ShortConv(self.sizes[0], config.conv_size)
         self.steps = self.decay == "head" or self.rotation == "step"
@@ -106,16 +110,18 @@ class HolographicMixer(Mixer):
             self.gates_proj = nn.Sequential(
                 nn.Linear(D, P, bias=False), nn.Linear(P, G * (self.erase_channels + P), bias=False)
             )
-        self.norm = RMSNorm(P, config.norm_eps)
+        self.norm = RMSNorm(P, K * config.norm_eps)  # as if |q| were K^{−1/2}
         self.out_proj = nn.Linear(D, D, bias=False)
         self._initialise()
 
     def initial_values(self) -> dict[str, Tensor]:
         """δ = 1; time constants log-spaced over the heads, or over each head's channels, from the shortest context to
         the longest; ω_n = 2π/context · n/N, at most a turn in the longest context, as a key must still meet itself
-        where it is asked for; |z| about 0.3, well inside of the polygons, where the loss can move λ anywhere."""
+        where it is asked for; |z| about 0.3, well inside of the polygons, where the loss can move λ anywhere. The short
+        convolution begins as small as the linear maps: keys are normalised after it, and learn the faster what of the
+        last tokens they are made of (docs/experiments.md, 11)."""
         H, N = self.gated_heads, self.num_modes
-        values: dict[str, Tensor] = {}
+        values = {"conv.weight": torch.randn(self.conv.weight.shape) * self.initializer_range}
         if self.steps:
             values["step_bias"] = inverse_softplus(torch.ones(H, dtype=torch.float64))
         if self.decay == "head":
@@ -141,13 +147,16 @@ class HolographicMixer(Mixer):
         losses: list[Tensor] | None = None,
     ) -> tuple[Tensor, State | None]:
         B, L, D = x.shape
-        H, K = self.num_heads, 2 * self.num_modes
+        H, G, K = self.num_heads, self.key_groups, 2 * self.num_modes
         state = state or {}
         qkv, z = self.in_proj(x).split(self.sizes, dim=-1)
         qkv, tail = self.conv(qkv, state.get("conv"), reset=reset, length=length)
-        q, k, v = (t.view(B, L, H, -1) for t in F.silu(qkv).split((H * K, H * K, D), dim=-1))
-        q, k = _unit(q) * K**-0.5, _unit(k)  # float32 or wider
+        qk, v = F.silu(qkv).split((2 * G * K, D), dim=-1)
+        q, k = unit(qk.view(B, L, 2 * G, K), UNIT_EPS).split(G, dim=2)
+        v = v.view(B, L, H, -1)
         S, T = state.get("memory"), self.turning_heads
+        if T or self.erase not in ("delta", "none"):  # heads differ in what becomes of their keys
+            q, k = to_heads(q, H), to_heads(k, H)
         if T == 0:
             y, S = self._recall(x, q, k, v, S, reset, length)
         else:
@@ -238,9 +247,3 @@ class HolographicMixer(Mixer):
         e, w = gates.tensor_split([self.erase_channels], dim=-1)
         e = torch.cat((e, e), dim=-1) if self.hermitian else e
         return e * k, w.to(v.dtype) * v
-
-
-def _unit(x: Tensor) -> Tensor:
-    """x / √(Σx² + 1e-6) in float32 or wider."""
-    x = x.to(wide_dtype(x))
-    return x * torch.rsqrt(x.square().sum(-1, keepdim=True) + 1e-6)

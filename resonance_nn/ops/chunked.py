@@ -64,14 +64,14 @@ class Chunked(torch.autograd.Function):
 
         cos = sin = None
         ctx.groups, ctx.dtypes = b.shape[2], (b.dtype, None if state is None else state.dtype)
-        b, c = _by_group(b.to(dtype), C), _by_group(c.to(dtype), C)
+        b, c = by_group(b.to(dtype), C), by_group(c.to(dtype), C)
         if theta is not None:
-            cos, sin = _by_group(theta.cos().to(dtype), C), _by_group(theta.sin().to(dtype), C)  # (B, C, H, T, N)
+            cos, sin = by_group(theta.cos().to(dtype), C), by_group(theta.sin().to(dtype), C)  # (B, C, H, T, N)
             b, c = _turn(b, cos, sin, back=True), _turn(c, cos, sin, back=True)
         G = b.shape[2]
 
         total = cum[..., -1:]  # (B, C, H, 1)
-        from_start, to_end, carry = _exp(target), _exp(total - source), _exp(total)
+        from_start, to_end, carry = exp(target), exp(total - source), exp(total)
         seen = torch.ones(T, T, dtype=torch.bool, device=v.device).tril(-1 if read_first else 0)
         if document is not None:
             seen = seen & (document[..., :, None] == document[..., None, :])  # (B, C, 1, T, T)
@@ -79,18 +79,18 @@ class Chunked(torch.autograd.Function):
             from_start = from_start * (document == 0)
             carry = carry * (document[..., -1:] == 0)
         hidden = torch.zeros(seen.shape, dtype=wide, device=v.device).masked_fill_(~seen, float("-inf"))
-        decay = _exp((target[..., :, None] - source[..., None, :]).add_(hidden)).to(dtype)  # (B, C, H, T, T)
-        A = (_groups(decay, G) * _bmm(c, b.mT).unsqueeze(3)).flatten(2, 3)
+        decay = exp((target[..., :, None] - source[..., None, :]).add_(hidden)).to(dtype)  # (B, C, H, T, T)
+        A = (groups(decay, G) * bmm(c, b.mT).unsqueeze(3)).flatten(2, 3)
         own = None  # what a token reads of its own write
         if skip is not None:
             diagonal = A.diagonal(dim1=-2, dim2=-1)
             own = diagonal.clone()
             diagonal += skip
-        values = _by_group(v, C)  # (B, C, H, T, P)
-        y = _bmm(A, values)
+        values = by_group(v, C)  # (B, C, H, T, P)
+        y = bmm(A, values)
 
         from_start, to_end = _rows(from_start, G).to(dtype), _rows(to_end, G).to(dtype)  # (B, C, G, T, R, 1)
-        writes = _bmm(b.mT, _scaled(to_end, v)).to(wide)  # (B, C, G, K, R·P)
+        writes = bmm(b.mT, _scaled(to_end, v)).to(wide)  # (B, C, G, K, R·P)
         S = v.new_zeros(B, G, K, H // G * P, dtype=wide) if state is None else _pack(state.to(wide), G)
         states = reads = None
         if state is not None or C > 1:
@@ -98,7 +98,7 @@ class Chunked(torch.autograd.Function):
         carry = carry.view(B, C, G, 1, -1, 1)
         _recur(S, P, carry, writes, states)
         if states is not None:
-            reads = _bmm(c, states)  # Z (B, C, G, T, R·P)
+            reads = bmm(c, states)  # Z (B, C, G, T, R·P)
         y = _joined(y, from_start, reads)
         ctx.save_for_backward(v, b, c, A, decay, values, states, reads, from_start, to_end, carry, own, cos, sin)
         ctx.set_materialize_grads(False)
@@ -114,7 +114,7 @@ class Chunked(torch.autograd.Function):
         grad_y = torch.zeros_like(v) if grad_y is None else grad_y.to(v.dtype)
 
         read = None if states is None else _scaled(from_start, grad_y)  # f ∘ dY (B, C, G, T, R·P)
-        into = None if read is None else _bmm(c.mT, read).to(wide)
+        into = None if read is None else bmm(c.mT, read).to(wide)
         running = v.new_zeros(B, G, K, H // G * P, dtype=wide) if grad_S is None else _pack(grad_S.to(wide), G)
         dS = v.new_empty(B, C, G, K, H // G * P)
         if into is None:
@@ -122,8 +122,8 @@ class Chunked(torch.autograd.Function):
         else:
             _recur(running, P, carry, into, dS, backwards=True)
 
-        dy = _by_group(grad_y, C)  # (B, C, H, T, P)
-        d_scores = _bmm(dy, values.mT)  # dA
+        dy = by_group(grad_y, C)  # (B, C, H, T, P)
+        d_scores = bmm(dy, values.mT)  # dA
         overlap, d_skip = A * d_scores, None
         if own is not None:
             d_skip = d_scores.diagonal(dim1=-2, dim2=-1).to(wide, copy=True)
@@ -131,17 +131,17 @@ class Chunked(torch.autograd.Function):
         d_target, d_source = overlap.sum(-1, dtype=wide), -overlap.sum(-2, dtype=wide)
         d_scores *= decay
         if G < H:
-            d_scores = _groups(d_scores, G).sum(3)
-        db, dc = _bmm(d_scores.mT, c), _bmm(d_scores, b)
+            d_scores = groups(d_scores, G).sum(3)
+        db, dc = bmm(d_scores.mT, c), bmm(d_scores, b)
 
-        written, into_v = _scaled(to_end, v), _bmm(b, dS)  # e ∘ V, W (B, C, G, T, R·P)
-        dv = _joined(_bmm(A.mT, dy), to_end, into_v)
-        db += _bmm(written, dS.mT)
+        written, into_v = _scaled(to_end, v), bmm(b, dS)  # e ∘ V, W (B, C, G, T, R·P)
+        dv = _joined(bmm(A.mT, dy), to_end, into_v)
+        db += bmm(written, dS.mT)
         of_writes = _head_sums(written * into_v, P, wide)  # (B, C, H, T)
         d_source -= of_writes
         d_total = of_writes.sum(-1, keepdim=True)
         if states is not None and read is not None:
-            dc += _bmm(read, states.mT)
+            dc += bmm(read, states.mT)
             d_target += _head_sums(read * reads, P, wide)
             kept = _per_head(states * dS, P).sum((-1, -3), dtype=wide)  # (B, C, G, R)
             d_total += (kept * carry[..., 0, :, 0]).flatten(2)[..., None]
@@ -173,17 +173,17 @@ def _recur(S: Tensor, P: int, carry: Tensor, new: Tensor, before: Tensor | None,
         S.add_(news[j])
 
 
-def _exp(x: Tensor) -> Tensor:
+def exp(x: Tensor) -> Tensor:
     """e^x, by 2^x: three times as fast on a CPU, and not slowed down by −inf or by results that underflow."""
     return (x * math.log2(math.e)).exp2_()
 
 
-def _bmm(x: Tensor, y: Tensor) -> Tensor:
+def bmm(x: Tensor, y: Tensor) -> Tensor:
     """(B, C, H, ·, ·) @ (B, C, H, ·, ·)."""
     return torch.bmm(x.flatten(0, 2), y.flatten(0, 2)).unflatten(0, x.shape[:3])
 
 
-def _by_group(x: Tensor, C: int) -> Tensor:
+def by_group(x: Tensor, C: int) -> Tensor:
     """(B, L, G, ·) -> (B, C, G, T, ·), contiguous."""
     return x.unflatten(1, (C, -1)).transpose(2, 3).contiguous()
 
@@ -206,7 +206,7 @@ def _joined(x: Tensor, rows: Tensor, z: Tensor | None) -> Tensor:
     if z is None:
         return x.transpose(2, 3).reshape(B, C * T, H, P)
     G = rows.shape[2]
-    parts = _groups(x, G).transpose(3, 4), rows, _per_head(z, P)  # (B, C, G, T, R, P)
+    parts = groups(x, G).transpose(3, 4), rows, _per_head(z, P)  # (B, C, G, T, R, P)
     lies_as_shaped = None if torch.compiler.is_compiling() else x.new_empty(B, C, T, G, H // G, P)
     return torch.addcmul(*(part.transpose(2, 3) for part in parts), out=lies_as_shaped).reshape(B, C * T, H, P)
 
@@ -231,7 +231,7 @@ def _unpack(state: Tensor, P: int) -> Tensor:
     return _per_head(state, P).transpose(2, 3).flatten(1, 2).contiguous()
 
 
-def _groups(x: Tensor, G: int) -> Tensor:
+def groups(x: Tensor, G: int) -> Tensor:
     """(B, C, H, ·, ·) -> (B, C, G, R, ·, ·)."""
     return x.unflatten(2, (G, -1))
 
@@ -239,7 +239,7 @@ def _groups(x: Tensor, G: int) -> Tensor:
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, back: bool = False) -> Tensor:
     """x (B, C, G | H, T, K) times e^{iθ}, or e^{−iθ}, each group as its heads are turned: (B, C, H, T, K)."""
     G = x.shape[2]
-    cos, sin = _groups(cos, G), _groups(sin, G)  # (B, C, G, R, T, N)
+    cos, sin = groups(cos, G), groups(sin, G)  # (B, C, G, R, T, N)
     out = x.new_empty(*cos.shape[:-1], x.shape[-1])
     (re, im), (out_re, out_im) = x.unsqueeze(3).chunk(2, dim=-1), out.chunk(2, dim=-1)
     sign = 1 if back else -1

@@ -31,8 +31,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from resonance_nn.ops import fla_backend
+from resonance_nn.ops.chunked_delta import ChunkedDelta
 from resonance_nn.ops.precision import phase_dtype, reduce_angle, wide_dtype, without_autocast
-from resonance_nn.ops.semiseparable import phases, rotate, turn_back, turn_state
+from resonance_nn.ops.semiseparable import phases, rotate, to_heads, turn_back, turn_state
 
 SUB_CHUNK = 16  # tokens between re-basings of decays a channel
 EXPONENT = 80.0  # e^80 is finite in float32
@@ -54,6 +55,7 @@ def delta_rule_reference(
 ) -> tuple[Tensor, Tensor]:
     """The definition, token by token. Arguments as :func:`delta_rule_chunked`."""
     B, L, H, P = v.shape
+    k, q = to_heads(k, H), to_heads(q, H)
     v, erase = _apply_beta(v, k, erase)
     S = v.new_zeros(B, H, k.shape[-1], P, dtype=wide_dtype(v)) if state is None else state
     outputs = []
@@ -79,9 +81,10 @@ def delta_rule_step(
     state: Tensor,
     hermitian: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """One token: v (B, H, P), k, q, erase (B, H, K) or β (B, H), log_decay (B, H) or (B, H, K) (N with angles or
-    hermitian), angle (B, H, N) or None, state (B, H, K, P) -> y (B, H, P) and the next state."""
-    wide = wide_dtype(v)
+    """One token: v (B, H, P), k and q (B, G, K), erase (B, H, K) or β (B, H), log_decay (B, H) or (B, H, K)
+    (N with angles or hermitian), angle (B, H, N) or None, state (B, H, K, P) -> y (B, H, P) and the next state."""
+    wide, H = wide_dtype(v), v.shape[1]
+    k, q = to_heads(k, H, dim=1), to_heads(q, H, dim=1)
     v, erase = _apply_beta(v, k, erase)
     S, k, q, value = state.to(wide), k.to(wide), q.to(wide), v.to(wide)
     erase = None if erase is None else erase.to(wide)
@@ -138,7 +141,8 @@ def delta_rule_chunked(
     Args:
         v: what is written (B, L, H, P). Products with it run in its dtype; the inverse, decays, angles and states in
             float32 or wider.
-        k, q: (B, L, H, K); K = 2N with ``angle`` or ``hermitian``.
+        k, q: (B, L, G, K), K = 2N with ``angle`` or ``hermitian``. G divides H: heads h = gR … gR + R − 1 share those
+            of group g, and with β and one decay a head the products of them.
         erase: e (B, L, H, K); or β (B, L, H), the gated delta rule proper: e_t = β_t k_t, and β_t v_t is written; or
             None: nothing is erased.
         log_decay: ≤ 0, nats a step: (B, L, H), one a head, or (B, L, H, K), one a channel (N, one a mode,
@@ -173,6 +177,9 @@ def delta_rule_chunked(
         erase = None if erase is None else erase.masked_fill(hidden if erase.dim() == 4 else hidden[..., 0], 0)
         log_decay = log_decay.masked_fill(hidden if by_channel else hidden[..., 0], 0)
         angle = None if angle is None else angle.masked_fill(hidden, 0)
+    proper = erase is not None and erase.dim() == 3 and angle is None and not (by_channel or hermitian)
+    if fla_backend.chosen(backend, v) or not proper:
+        k, q = to_heads(k, H), to_heads(q, H)
     if fla_backend.chosen(backend, v):
         _check_kernel(hermitian, by_channel, erase)
         theta = None if angle is None else phases(angle, None, wide, T)
@@ -182,9 +189,11 @@ def delta_rule_chunked(
         else:
             y, S = fla_backend.gated_delta_rule(v, k, q, erase, log_decay, state, reset)
         return y, S if theta is None else turn_state(S, theta)
-    v, erase = _apply_beta(v, k, erase)
     padding = -L % T
     C = (L + padding) // T
+    if proper and erase is not None:
+        return _proper(v, k, q, erase, log_decay, state, reset, T)
+    v, erase = _apply_beta(v, k, erase)
 
     def chunks(x: Tensor) -> Tensor:  # (B, L, H, ·) -> (B, C, H, T, ·)
         x = F.pad(x, (0, 0) * (x.dim() - 2) + (0, padding)) if padding else x
@@ -252,6 +261,37 @@ def delta_rule_chunked(
     if hermitian:
         y, S = y.real, _real(S, -2)
     return y.transpose(2, 3).reshape(B, C * T, H, P)[:, :L].to(out_dtype), S
+
+
+def _proper(
+    v: Tensor,
+    k: Tensor,
+    q: Tensor,
+    beta: Tensor,
+    log_decay: Tensor,
+    state: Tensor | None,
+    reset: Tensor | None,
+    T: int,
+) -> tuple[Tensor, Tensor]:
+    """:func:`delta_rule_chunked` with β, one decay a head and keys that stand still."""
+    L, wide = v.shape[1], wide_dtype(v)
+    padding = -L % T
+    if padding:  # a step with k = 0 and no decay changes nothing
+        v, k, q = (F.pad(x, (0, 0, 0, 0, 0, padding)) for x in (v, k, q))
+        beta, log_decay = (F.pad(x, (0, 0, 0, padding)) for x in (beta, log_decay))
+        reset = None if reset is None else F.pad(reset, (0, padding))
+    C = (L + padding) // T
+
+    def chunks(x: Tensor) -> Tensor:  # (B, L, H) -> (B, C, H, T)
+        return x.unflatten(1, (C, T)).transpose(2, 3)
+
+    document = (
+        None if reset is None else chunks(reset[..., None]).cumsum(-1)
+    )  # how many have begun in the chunk up to t
+    cum = chunks(log_decay).cumsum(-1, dtype=wide)
+    result = ChunkedDelta.apply(v, k, q, chunks(beta).to(wide), cum, state, document)
+    assert isinstance(result, tuple)
+    return result[0][:, :L], result[1]
 
 
 def _apply_beta(v: Tensor, k: Tensor, erase: Tensor | None) -> tuple[Tensor, Tensor | None]:

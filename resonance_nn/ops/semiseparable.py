@@ -57,7 +57,7 @@ def semiseparable_reference(
     B, L, H, P = v.shape
     wide = wide_dtype(v)
     b, c, log_decay, angle = _mask_inputs(b.to(wide), c.to(wide), log_decay.to(wide), angle, mask)
-    b, c = _to_heads(b, H), _to_heads(c, H)
+    b, c = to_heads(b, H), to_heads(c, H)
     if log_write is not None:
         b = b * log_write.to(wide).exp()[..., None]
     if log_read is not None:
@@ -149,12 +149,12 @@ def semiseparable_chunked(
     wide = wide_dtype(v)
     b, c, log_decay, angle = _mask_inputs(b, c, log_decay, angle, mask)
     if b.shape[2] != c.shape[2]:
-        b, c = _to_heads(b, H), _to_heads(c, H)
+        b, c = to_heads(b, H), to_heads(c, H)
     if fla_backend.chosen(backend, v):
         theta = None if angle is None else phases(angle, frequency, wide, T)
-        b = b if log_write is None else _to_heads(b, H) * log_write.to(wide).exp()[..., None]
-        c = c if log_read is None else _to_heads(c, H) * log_read.to(wide).exp()[..., None]
-        y, S = _by_kernel(v, _to_heads(b, H), _to_heads(c, H), log_decay, theta, state, reset, read_first)
+        b = b if log_write is None else to_heads(b, H) * log_write.to(wide).exp()[..., None]
+        c = c if log_read is None else to_heads(c, H) * log_read.to(wide).exp()[..., None]
+        y, S = _by_kernel(v, to_heads(b, H), to_heads(c, H), log_decay, theta, state, reset, read_first)
         return (y if skip is None else y + skip.to(wide)[..., None] * v).to(v.dtype), S
     padding = -L % T
     if padding:  # a step with b = 0, no decay and no rotation changes nothing
@@ -195,13 +195,13 @@ def semiseparable_step(
         angle = angle.to(wide)[..., None]
         S = rotate(S, angle.cos(), angle.sin(), dim=-2)
     if 1 < b.shape[1] < H:  # one group is broadcast
-        b, c = _to_heads(b, H, dim=1), _to_heads(c, H, dim=1)
+        b, c = to_heads(b, H, dim=1), to_heads(c, H, dim=1)
     S.addcmul_(b.to(wide)[..., None], v.to(wide).unsqueeze(-2))
     y = c.to(wide).unsqueeze(-2) @ S
     return y.view(v.shape).to(v.dtype), S
 
 
-def _to_heads(x: Tensor, H: int, dim: int = 2) -> Tensor:
+def to_heads(x: Tensor, H: int, dim: int = 2) -> Tensor:
     """(…, G, K) -> (…, H, K): each group's vector for its heads."""
     return x if x.shape[dim] == H else x.repeat_interleave(H // x.shape[dim], dim=dim)
 
