@@ -29,8 +29,11 @@ def test_chunks_equal_the_matrix_of_all_scores(L: int, window: int, chunk_size: 
     for form in (window_attention_reference, lambda *a: window_attention(*a, chunk_size=chunk_size)):
         y = form(q, k, v, begin, window)
         results.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
-    for actual, expected in zip(results[1], results[0], strict=True):
-        assert relative(actual, expected) < TOLERANCE[dtype]
+    for name, actual, expected in zip(("y", "q", "k", "v"), results[1], results[0], strict=True):
+        if window == 1 and name in ("q", "k"):  # the softmax of one score is constant: what is left is rounding
+            assert max(actual.abs().max(), expected.abs().max()) < TOLERANCE[dtype]
+        else:
+            assert relative(actual, expected) < TOLERANCE[dtype]
 
 
 def test_gradcheck():

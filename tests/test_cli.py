@@ -52,6 +52,11 @@ FLAGS = {
     "bench mixers": "--length --hidden-size --layers --repeats --tokens-per-batch --dtype --device --json --plot",
     "bench ops": "--ops --tokens --length --hidden-size --heads --vocab-size --repeats --dtype --seed --device --json "
     "--plot",
+    "bench longtext": "--data --held-out --contexts --reference --score --windows --chunk --batch-size --precision "
+    "--device --json --plot",
+    "bench passkey": "--models --data --train-lengths --lengths --peer-max-length --needles --sequences --hidden-size "
+    "--layers --vocab-size --steps --lr --optimizer --seed --cooldown --weight-decay --tokens-per-batch --eval-every "
+    "--target --set --dtype --threads --device --output-dir --resume --overwrite --json --plot",
     "bench quality": "--models --budget --data --text --pairs --lengths --tokens --seeds --lrs --optimizer --cooldown "
     "--weight-decay --tokens-per-batch --set --dtype --threads --device --output-dir --resume --overwrite --json "
     "--plot",

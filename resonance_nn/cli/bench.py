@@ -11,9 +11,11 @@ from resonance_nn.cli import (
     bench_context,
     bench_decode,
     bench_learning,
+    bench_long_text,
     bench_memory,
     bench_mixers,
     bench_ops,
+    bench_passkey,
     bench_quality,
     bench_scaling,
     bench_spectrum,
@@ -35,10 +37,12 @@ bench.command()(bench_ablation.ablation)
 bench.command()(bench_capacity.capacity)
 bench.command()(bench_context.context)
 bench.command()(bench_decode.decode)
+bench.command()(bench_long_text.longtext)
 bench.command()(bench_memory.memory)
 bench.command()(bench_mixers.mixers)
 bench.command()(bench_ops.ops)
 bench.command()(bench_scaling.scaling)
+bench.command()(bench_passkey.passkey)
 bench.command()(bench_quality.quality)
 bench.command()(bench_learning.recall)
 bench.command()(bench_spectrum.spectrum)
