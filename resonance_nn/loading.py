@@ -16,11 +16,11 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging as hf_logging
 
+from resonance_nn.bundled import bundled_models
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data.tokenizer import tokenizer_vocab_size
 from resonance_nn.models.causal_lm import ResonanceForCausalLM
 
-BUNDLED = Path(__file__).parent / "checkpoints"
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
@@ -37,7 +37,7 @@ def resolve_model(name: str) -> str:
     path = Path(name).expanduser()
     if name and path.is_dir():
         return str(path)
-    bundled = {p.name: p for p in BUNDLED.iterdir() if p.is_dir()} if BUNDLED.is_dir() else {}
+    bundled = bundled_models()
     if name in bundled:
         return str(bundled[name])
     if path.is_file():
@@ -48,8 +48,7 @@ def resolve_model(name: str) -> str:
         hint = f"; did you mean {' or '.join(close)}?"
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         hint = f"; to download it from the Hugging Face hub, write hub:{name}"
-    available = ", ".join(sorted(bundled)) or "none yet"
-    raise ValueError(f"model {name!r}: no such folder or bundled model (bundled: {available}){hint}")
+    raise ValueError(f"model {name!r}: no such folder or bundled model (bundled: {', '.join(bundled)}){hint}")
 
 
 def load_model(

@@ -186,6 +186,24 @@ def test_tracking_writes_json_and_plot(tmp_path, capsys):
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_copying_and_recall_beyond_training(tmp_path, capsys):
+    files = ["--json", "-", "--plot", str(tmp_path / "t.png"), "--output-dir", str(tmp_path / "runs")]
+    sizes = ["--hidden-size", "64", "--layers", "1", "--tokens-per-batch", "64", "--lrs", "1e-3", "--steps", "1"]
+    tracking = ["bench", "tracking", "--tasks", "copy", "--train-lengths", "16", "--lengths", "16,64"]
+    assert main([*tracking, "--models", "holographic", *sizes, *files]) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert {cell: list(figures) for cell, figures in run["cells"].items()} == {
+        "copy 16": ["accuracy"],
+        "copy 64": ["accuracy"],
+    }
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    further = ["bench", "recall", "--models", "holographic", "--test-lengths", "64", "--steps", "1", *QUICK, *files]
+    assert main(further) == 0
+    (run,) = json.loads(capsys.readouterr().out)["runs"]
+    assert {"64/2", "64/4"} < set(run["cells"])
+    assert run["settings"]["shape"]["initial_context"] == 32  # of the longest trained on
+
+
 @pytest.mark.parametrize(
     "arguments",
     [

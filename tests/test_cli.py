@@ -61,7 +61,7 @@ FLAGS = {
     "--weight-decay --tokens-per-batch --set --dtype --threads --device --output-dir --resume --overwrite --json "
     "--plot",
     "bench scaling": f"--lengths --full --chunk --whole --peer-max-length --repeats {COMMON_MODELS}",
-    "bench recall": f"--full --vocab-size --lengths --pairs --watch --fillers {COMMON_LEARNING}",
+    "bench recall": f"--full --vocab-size --lengths --test-lengths --pairs --watch --fillers {COMMON_LEARNING}",
     "bench spectrum": "--data --tokens --window --device --json --plot",
     "bench tracking": f"--tasks --train-lengths --lengths --vocab-size --pairs --watch --fillers {COMMON_LEARNING}",
     "bench speed": f"--lengths --full --tokens-per-batch --forward-only --peers {COMMON_MODELS} {COMMON_TIMING}",
@@ -139,7 +139,7 @@ def test_version_and_bare_command(capsys):
         (["nonsense"], "No such command 'nonsense' (see resonance --help)"),
         (["--nonsense"], "No such option: --nonsense"),
         (["bench", "nonsense"], "No such command 'nonsense'"),
-        (["generate"], "Missing argument 'MODEL'"),
+        (["bench", "spectrum"], "Missing argument 'MODEL'"),
         (["generate", "MODEL", "--promt", "x"], "No such option: --promt"),
         (["generate", "MODEL", "--top-k", "many"], "'--top-k'"),
         (["generate", "MODEL", "--prompt"], "requires an argument"),

@@ -13,7 +13,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast
 
-from resonance_nn import ResonanceConfig, ResonanceForCausalLM, loading
+from resonance_nn import ResonanceConfig, ResonanceForCausalLM, bundled
 from resonance_nn.data import train_tokenizer
 from resonance_nn.loading import load_model, resolve_model
 
@@ -73,8 +73,9 @@ def test_loads_what_was_saved(saved):
 
 
 def test_bundled_name(saved, monkeypatch):
-    monkeypatch.setattr(loading, "BUNDLED", saved.parent)
+    monkeypatch.setattr(bundled, "CHECKPOINTS", saved.parent)
     assert resolve_model("tiny-model") == str(saved)
+    assert ResonanceForCausalLM.from_pretrained("tiny-model").config.mixers == ("spectral_gate",)
 
 
 def test_mistyped_names(saved):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from resonance_nn.bench.tasks import answer_loss, mixture, recall_task, tracking_task
-from resonance_nn.data.synthetic import FILLERS, IGNORE, Batch, group_table, modular_sum, permutations, recall
+from resonance_nn.data.synthetic import FILLERS, IGNORE, Batch, copying, group_table, modular_sum, permutations, recall
 
 SIZES = [(16, 4, 8), (64, 16, 512), (65, 16, 33), (256, 32, 512), (512, 4, 512)]
 
@@ -188,3 +188,23 @@ def test_impossible_tracking():
         modular_sum(default_rng(0), 2, 8, 1)
     with pytest.raises(ValueError, match="elements"):
         permutations(default_rng(0), 2, 8, 7)
+
+
+def test_copying_says_all_again():
+    ids, targets = copying(default_rng(0), 3, 10, 4)
+    assert ids.shape == targets.shape == (3, 10)
+    for row, answers in zip(ids.tolist(), targets.tolist(), strict=True):
+        assert row[5] == 4
+        assert row[6:] == row[:4]
+        assert answers == [IGNORE] * 5 + row[:5]
+        assert max(row[:5]) < 4
+    for wrong in ({"length": 7}, {"length": 2}, {"length": 8, "symbols": 1}):
+        with pytest.raises(ValueError, match="must be"):
+            copying(default_rng(0), 1, **wrong)
+
+
+def test_recall_beyond_the_lengths_of_training():
+    task = recall_task(64, (32, 64), (4, 8), (64, 8), test_lengths=(64, 128, 256))
+    assert {draw.length for draw in task.training} == {32, 64}
+    assert set(task.cells) == {f"{n}/{p}" for n in (32, 64, 128, 256) for p in (4, 8)}
+    assert task.cells["256/8"](default_rng(0), 2).input_ids.shape == (2, 256)

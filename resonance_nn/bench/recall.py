@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from resonance_nn.bench.common import result
@@ -21,23 +21,31 @@ class RecallOptions:
     pairs: Sequence[int] = PAIRS
     watched: tuple[int, int] = (256, 32)
     fillers: str = "unused"
+    test_lengths: Sequence[int] = ()
 
     def task(self) -> Task:
         """Raises ValueError where the options do not fit together."""
-        return recall_task(self.vocab_size, self.lengths, self.pairs, self.watched, self.fillers)
+        return recall_task(self.vocab_size, self.lengths, self.pairs, self.watched, self.fillers, self.test_lengths)
 
 
 def run(sweep: Sweep, options: RecallOptions, report: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-    """Train what is not trained yet; what is written as JSON."""
+    """Train what is not trained yet; what is written as JSON. Memories begin as long as the longest sequence of
+    training, whatever is asked beyond."""
+    if options.test_lengths:
+        sweep = replace(sweep, shape=replace(sweep.shape, initial_context=max(options.lengths)))
     runs = sweep.run({"recall": (options.task(), asdict(options))}, report)
     return result("recall", rows(runs), sweep.plan.device, options=asdict(options), runs=runs)
 
 
 def shown(payload: Mapping[str, Any]) -> list[str]:
-    """The cells of a narrow table: the easiest, the watched, the hardest."""
+    """The cells of a narrow table: the easiest, the watched, the hardest, and the watched pairs at other lengths."""
     first = payload["runs"][0]
     cells = list(first["cells"])
-    return list(dict.fromkeys([cells[0], *first["watched"], cells[-1]]))
+    further = {recall_cell(n, payload["options"]["watched"][1]) for n in payload["options"]["test_lengths"]}
+    trained = [cell for cell in cells if int(cell.split("/")[0]) in payload["options"]["lengths"]]
+    return list(
+        dict.fromkeys([trained[0], *first["watched"], trained[-1], *(cell for cell in cells if cell in further)])
+    )
 
 
 def plot(payload: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

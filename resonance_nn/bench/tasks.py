@@ -12,7 +12,7 @@ from numpy.random import Generator
 from torch import Tensor
 from torch.nn import functional as F
 
-from resonance_nn.data.synthetic import IGNORE, Batch, modular_sum, permutations, recall
+from resonance_nn.data.synthetic import IGNORE, Batch, copying, modular_sum, permutations, recall
 
 LENGTHS = (64, 128, 256, 512)
 PAIRS = (4, 8, 16, 32, 64)
@@ -22,6 +22,7 @@ TRACKING: dict[str, tuple[Callable[..., Batch], dict[str, int], int]] = {  # the
     "sum5": (modular_sum, {"modulus": 5}, 6),
     "s3": (permutations, {"elements": 3}, 7),
     "s5": (permutations, {"elements": 5}, 121),
+    "copy": (copying, {"symbols": 26}, 27),
 }
 
 
@@ -81,8 +82,10 @@ def recall_task(
     pairs: Sequence[int] = PAIRS,
     watched: tuple[int, int] = (256, 32),
     fillers: str = "unused",
+    test_lengths: Sequence[int] = (),
 ) -> Task:
-    """Every (length, pairs) with length ≥ 4·pairs, mixed from the start, and a held-out cell of each.
+    """Every (length, pairs) with length ≥ 4·pairs, mixed from the start, and a held-out cell of each; further cells of
+    ``test_lengths``, which are not trained on.
 
     A batch is of one (length, pairs), chosen in proportion to 1/length: short sequences show the task first, and more
     of them fit into a batch.
@@ -102,9 +105,11 @@ def recall_task(
         fitting = ", ".join(recall_cell(*size) for size in sizes) or "none: a length must be ≥ 4 times the pairs"
         raise ValueError(f"watch = {recall_cell(*watched)}: must be one of the cells trained on, {fitting}")
     cells = {recall_cell(*size): draw(*size) for size in sizes}
-    for cell in cells.values():
+    further = [(length, count) for length in sorted(set(test_lengths) - set(lengths)) for count in sorted(set(pairs))]
+    tested = {recall_cell(*size): draw(*size) for size in further if size[0] >= 4 * size[1]}
+    for cell in (*cells.values(), *tested.values()):
         cell(np.random.default_rng(0), 1)  # raises where a size is impossible
-    return Task(vocab_size, tuple(cells.values()), cells, (recall_cell(*watched),))
+    return Task(vocab_size, tuple(cells.values()), {**cells, **tested}, (recall_cell(*watched),))
 
 
 def tracking_task(name: str, train_lengths: Sequence[int], lengths: Sequence[int] = LENGTHS) -> Task:

@@ -13,6 +13,7 @@ from resonance_nn.bench.sweep import MARKERS, Sweep, axes_for, best, mean, rows,
 from resonance_nn.bench.tasks import LENGTHS, TRACKING, Task, mixture, tracking_task
 
 BOTH = "both"  # recall and parity in one vocabulary
+LAST = "last_quarter"
 
 
 @dataclass(frozen=True)
@@ -44,28 +45,36 @@ def run(sweep: Sweep, options: TrackingOptions, report: Callable[..., None] = la
     if not options.tasks or len(set(options.tasks)) < len(options.tasks):
         raise ValueError(f"tasks = {list(options.tasks)}: must be one or more, each once")
     tasks = {name: (options.task(name), options.settings(name)) for name in options.tasks}
-    context = max(*options.train_lengths, *(options.lengths if BOTH in options.tasks else ()))
+    context = max([*options.train_lengths, *(options.lengths if BOTH in options.tasks else ())])
     runs = replace(sweep, shape=replace(sweep.shape, initial_context=context)).run(tasks, report)
     return result("tracking", rows(runs), sweep.plan.device, options=asdict(options), runs=runs)
 
 
 def shown(payload: Mapping[str, Any]) -> list[str]:
     """The cells of a table: every length, and the watched of recall."""
-    cells = dict.fromkeys(cell for run in payload["runs"] for cell in run["watched"])
-    return list(dict.fromkeys([c for run in payload["runs"] for c, v in run["cells"].items() if len(v) > 1] + [*cells]))
+    asked = [
+        cell for run in payload["runs"] for cell in run["cells"] if run["task"] != BOTH or _figure(run, cell) == LAST
+    ]
+    return list(dict.fromkeys([*asked, *(cell for run in payload["runs"] for cell in run["watched"])]))
+
+
+def _figure(run: Mapping[str, Any], cell: str) -> str:
+    """What is plotted of a cell: where every token is asked, the last quarter of them."""
+    return LAST if LAST in run["cells"][cell] else "accuracy"
 
 
 def plot(payload: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
     """Accuracy in the last quarter over the length, a line a task and model, at the learning rate that is best at the
     longest length, the mean of seeds."""
-    figure, axes = axes_for("state tracking", "length (tokens)", "accuracy in the last quarter")
+    figure, axes = axes_for("state tracking", "length (tokens)", "accuracy, in the last quarter if asked there")
     for i, task in enumerate(dict.fromkeys(run["task"] for run in payload["runs"])):
         runs = [run for run in payload["runs"] if run["task"] == task]
-        cells = [cell for cell, values in runs[0]["cells"].items() if "last_quarter" in values]
-        for j, ((model, _), group) in enumerate(best(runs, cells[-1], "last_quarter").items()):
+        cells = [cell for cell in runs[0]["cells"] if task != BOTH or _figure(runs[0], cell) == LAST]
+        measure = _figure(runs[0], cells[-1])
+        for j, ((model, _), group) in enumerate(best(runs, cells[-1], measure).items()):
             axes.plot(
                 [int(cell.split()[-1]) for cell in cells],
-                [mean(group, cell, "last_quarter") for cell in cells],
+                [mean(group, cell, measure) for cell in cells],
                 color=f"C{j}",
                 marker=MARKERS[j % len(MARKERS)],
                 linestyle=("-", "--", ":", "-.")[i % 4],

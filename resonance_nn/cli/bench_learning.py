@@ -59,6 +59,7 @@ def recall(
     full: Annotated[bool, typer.Option("--full", help="A vocabulary of 8,192.")] = False,
     vocab_size: Annotated[int, typer.Option(help="Half of it keys, half values.")] = 512,
     lengths: Annotated[str, typer.Option(help="Of sequences, by commas.")] = "64,128,256,512",
+    test_lengths: Annotated[str, typer.Option(help="Asked at too, beyond those trained on, by commas.")] = "",
     pairs: Pairs = "4,8,16,32,64",
     watch: Watch = "256/32",
     fillers: Fillers = "unused",
@@ -88,10 +89,11 @@ def recall(
     check_outputs(json_path, plot)
     sizes = numbers("--lengths", lengths), numbers("--pairs", pairs)
     watched = watched_cell(watch)
+    tested = numbers("--test-lengths", test_lengths) if test_lengths else ()
     sweep = sweep_of(locals())
     from resonance_nn.bench import recall as suite
 
-    options = suite.RecallOptions(8192 if full else vocab_size, *sizes, watched, fillers)
+    options = suite.RecallOptions(8192 if full else vocab_size, *sizes, watched, fillers, tested)
     with showing() as report:
         payload = suite.run(sweep, options, report)
     finish(payload, suite.shown(payload), json_path)
@@ -101,7 +103,7 @@ def recall(
 
 def tracking(
     tasks: Annotated[
-        str, typer.Option(help="By commas: parity, sum3, sum5, s3, s5, or both: recall and parity in one model.")
+        str, typer.Option(help="By commas: parity, sum3, sum5, s3, s5, copy, or both: recall and parity in one model.")
     ] = "parity,sum5",
     models: Annotated[
         str, typer.Option(help="By commas.")

@@ -26,6 +26,9 @@ TABLE_WIDTH = 160  # where there is no terminal
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a bundled name, or hub:org/name.", show_default=False)
 ]
+DefaultedModelArgument = Annotated[
+    str, typer.Argument(metavar="[MODEL]", help="A folder, a bundled name, or hub:org/name.")
+]
 JsonOption = Annotated[
     str | None,
     typer.Option("--json", metavar="FILE", help="Write the result as JSON; - is standard output.", show_default=False),

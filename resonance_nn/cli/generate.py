@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from resonance_nn.bundled import DEFAULT_MODEL
 from resonance_nn.cli.common import (
+    DefaultedModelArgument,
     DeviceOption,
     JsonOption,
-    ModelArgument,
     PrecisionOption,
     SeedOption,
     check_output,
@@ -64,7 +65,7 @@ GreedyOption = Annotated[bool, typer.Option("--greedy", help="Always the likelie
 
 
 def generate(
-    model: ModelArgument,
+    model: DefaultedModelArgument = DEFAULT_MODEL,
     prompt: Annotated[str | None, typer.Option("--prompt", help="Text to continue.")] = None,
     prompt_file: Annotated[
         str | None,
@@ -211,7 +212,7 @@ def generate(
 
 
 def chat(
-    model: ModelArgument,
+    model: DefaultedModelArgument = DEFAULT_MODEL,
     system: Annotated[str, typer.Option("--system", help="System prompt that opens the conversation.")] = "",
     max_new_tokens: MaxNewTokensOption = 256,
     temperature: TemperatureOption = None,

@@ -3,6 +3,7 @@
     recall          multi-query associative recall (Arora et al. 2023, "Zoology"): what a state can hold
     modular_sum     the running sum of digits modulo m; m = 2 is the parity of bits: what a state can track
     permutations    the running product of permutations of n things, a group that does not commute for n ≥ 3
+    copying         say all again, in order: what a state can carry over
 
 Letters: B sequences, L tokens, K pairs, V vocabulary. Every function draws the whole batch at once, and the same
 generator state gives the same batch.
@@ -121,6 +122,23 @@ def permutations(rng: Generator, sequences: int, length: int, elements: int = 5)
     for t in range(1, length):
         targets[:, t] = product[ids[:, t], targets[:, t - 1]]
     ids[:, 0] = len(product)
+    return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
+
+
+def copying(rng: Generator, sequences: int, length: int, symbols: int = 26) -> Batch:
+    """n = length/2 symbols, uniform, the token ``symbols`` that ends them, and the first n − 1 of them again; from that
+    token on the target is the symbol that comes next in the copy. V = symbols + 1.
+
+        x_1 x_2 … x_n ; x_1 … x_{n−1}        targets there: x_1 x_2 … x_n
+    """
+    if length < 4 or length % 2:
+        raise ValueError(f"length = {length}: must be even and ≥ 4, half of it to be copied")
+    if symbols < 2:
+        raise ValueError(f"symbols = {symbols}: must be ≥ 2")
+    n = length // 2
+    text = rng.integers(symbols, size=(sequences, n))
+    ids = np.concatenate([text, np.full((sequences, 1), symbols), text[:, :-1]], axis=1)
+    targets = np.concatenate([np.full((sequences, n), IGNORE), text], axis=1)
     return Batch(torch.from_numpy(ids), torch.from_numpy(targets))
 
 

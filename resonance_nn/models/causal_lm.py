@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from resonance_nn.backbone import Backbone, Block
+from resonance_nn.bundled import bundled_models
 from resonance_nn.cache import ResonanceCache
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.layers import RMSNorm, ShortConv
@@ -54,9 +56,13 @@ class ResonancePreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As ``transformers``', from safetensors files only."""
+        """As ``transformers``', from safetensors files only. The name of a model that comes with the package, as
+        "resonance-tiny", is enough, unless a folder is called so."""
         kwargs.setdefault("use_safetensors", True)
-        return super().from_pretrained(*args, **kwargs)
+        name = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
+        if isinstance(name, str) and not Path(name).is_dir():
+            name = bundled_models().get(name, name)
+        return super().from_pretrained(name, *args[1:], **kwargs)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
