@@ -214,6 +214,30 @@ def test_finished_models_are_judged_elsewhere(folder, capsys, monkeypatch):
         quality.run(replace(options, models=("default",), texts=(str(folder / "other.txt"),)), resume=True)
 
 
+def test_a_given_rate_is_not_tuned(folder, capsys):
+    options = QualityOptions(
+        models=("default", "llama"),
+        budget=TINY,
+        data=(str(folder / "text"),),
+        output_dir=folder / "runs",
+        lrs=(1e-3, 3e-3),
+    )
+    given = replace(options, rates={"llama": 2e-3}, budget=replace(TINY, seeds=1))
+    payload = quality.run(given)
+    assert [(run["model"], run["lr"]) for run in payload["runs"]] == [
+        ("default", 1e-3),
+        ("llama", 2e-3),
+        ("default", 3e-3),
+    ]
+    assert {row["model"]: row["lr"] for row in payload["rows"]}["llama"] == 2e-3
+    with pytest.raises(ValueError, match="rates: 'mamba2' is not one of the models"):
+        replace(options, rates={"mamba2": 1e-3}).check()
+    with pytest.raises(ValueError, match="lr = -1"):
+        replace(options, rates={"llama": -1.0}).check()
+    assert main(["bench", "quality", "--rate", "llama"]) == 2
+    assert "--rate 'llama': must be MODEL=RATE" in capsys.readouterr().err
+
+
 def test_muon_and_other_recipes_train(folder):
     options = QualityOptions(
         models=tuple(quality.RECIPES),

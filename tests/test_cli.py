@@ -57,9 +57,9 @@ FLAGS = {
     "bench passkey": "--models --data --train-lengths --lengths --peer-max-length --needles --sequences --hidden-size "
     "--layers --vocab-size --steps --lr --optimizer --seed --cooldown --weight-decay --tokens-per-batch --eval-every "
     "--target --set --dtype --threads --device --output-dir --resume --overwrite --json --plot",
-    "bench quality": "--models --budget --data --text --pairs --lengths --tokens --seeds --lrs --optimizer --cooldown "
-    "--weight-decay --tokens-per-batch --set --dtype --threads --device --output-dir --resume --overwrite --json "
-    "--plot",
+    "bench quality": "--models --budget --data --text --pairs --lengths --tokens --seeds --lrs --rate --optimizer "
+    "--cooldown --weight-decay --tokens-per-batch --set --dtype --threads --device --output-dir --resume --overwrite "
+    "--json --plot",
     "bench scaling": f"--lengths --full --chunk --whole --peer-max-length --repeats {COMMON_MODELS}",
     "bench recall": f"--full --vocab-size --lengths --test-lengths --pairs --watch --fillers {COMMON_LEARNING}",
     "bench spectrum": "--data --tokens --window --device --json --plot",

@@ -70,6 +70,7 @@ ABLATIONS: dict[str, Ablation] = {
     "holographic": Ablation(
         HOLOGRAPHIC,
         {
+            "keys of each head": {"key_groups": None},
             "channel decays": {"decay": "channel"},
             "erase and write gates": {"decay": "channel", "erase": "gated"},
             "turning state": {"rotation": "token"},

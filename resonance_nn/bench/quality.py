@@ -72,7 +72,7 @@ BUDGETS = {
 @dataclass(frozen=True)
 class QualityOptions:
     """What to run. ``fields`` are added to those of our default, for a recipe under test; the finished models are
-    judged on ``texts`` and ``pairs`` too."""
+    judged on ``texts`` and ``pairs`` too. A model of ``rates`` is trained with that rate, others are tuned."""
 
     models: tuple[str, ...] = (OURS, "llama", "mamba2", "gated_delta")
     budget: Budget = BUDGETS["S"]
@@ -84,6 +84,7 @@ class QualityOptions:
     evaluations: int = 20
     texts: tuple[str, ...] = ()
     pairs: tuple[str, ...] = ()
+    rates: Mapping[str, float] = field(default_factory=dict)
 
     def check(self) -> None:
         """Raise ValueError naming the option, its value and what is allowed."""
@@ -99,8 +100,15 @@ class QualityOptions:
                 raise ValueError(f"{name} = {value}: must be ≥ 1")
         if sorted(set(self.budget.lengths)) != list(self.budget.lengths):
             raise ValueError(f"lengths = {self.budget.lengths}: must be ascending, each once")
-        for lr in self.lrs:
+        for model in self.rates:
+            if model not in self.models:
+                raise ValueError(f"rates: {model!r} is not one of the models, {', '.join(self.models)}")
+        for lr in (*self.lrs, *self.rates.values()):
             self.plan_of(Case(1, self.models[0], lr, 0)).check()
+
+    def tried(self, model: str) -> tuple[float, ...]:
+        """The rates a model is trained with at the first length and seed."""
+        return (self.rates[model],) if model in self.rates else self.lrs
 
     def plan_of(self, case: Case) -> Plan:
         """How a run learns."""
@@ -176,7 +184,7 @@ def run(
     budget, folder = options.budget, options.output_dir
     documents = find_documents(list(options.data), leave_out=folder)
     outcomes: dict[Case, dict[str, Any]] = {}
-    total = len(options.models) * (len(options.lrs) + len(budget.lengths) * budget.seeds - 1)
+    total = sum(len(options.tried(model)) + len(budget.lengths) * budget.seeds - 1 for model in options.models)
     tasks: dict[int, TextTask] = {}
 
     def train(cases: Sequence[Case], resume: bool) -> None:
@@ -211,9 +219,10 @@ def run(
 
 
 def _all_rates(options: QualityOptions) -> Iterator[Case]:
-    for lr in options.lrs:
+    for i in range(max(len(options.tried(model)) for model in options.models)):
         for model in options.models:
-            yield Case(options.budget.lengths[0], model, lr, 0)
+            for lr in options.tried(model)[i : i + 1]:
+                yield Case(options.budget.lengths[0], model, lr, 0)
 
 
 def _at_best_rates(options: QualityOptions, outcomes: Outcomes) -> Iterator[Case]:
@@ -276,7 +285,7 @@ def rows(options: QualityOptions, outcomes: Outcomes) -> list[Row]:
                     "model": model,
                     "length": length,
                     "lr": rate,
-                    "lr_at_edge": len(options.lrs) > 2 and rate in (min(options.lrs), max(options.lrs)),
+                    "lr_at_edge": len(options.tried(model)) > 2 and rate in (min(options.lrs), max(options.lrs)),
                     "bits_per_byte": _finite(_mean([_bits(outcome) for outcome in group])),
                     "share_of_tokens": tokens,
                     "share_of_seconds": seconds,

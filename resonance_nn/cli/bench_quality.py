@@ -50,6 +50,12 @@ def quality(
     tokens: Annotated[int | None, typer.Option(help="To train on, of each run.", show_default="the budget's")] = None,
     seeds: Annotated[int | None, typer.Option(help="Of weights and batches.", show_default="the budget's")] = None,
     lrs: Rates = "1e-3,2e-3,4e-3,8e-3",
+    rate: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="MODEL=RATE", help="A model's rate, which is then not tuned; repeats.", show_default=False
+        ),
+    ] = None,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw or muon, of all models.")] = "adamw",
     cooldown: Cooldown = 1.0,
     weight_decay: WeightDecay = 0.1,
@@ -72,6 +78,7 @@ def quality(
     if threads is not None and threads < 1:
         raise ValueError(f"threads = {threads}: must be ≥ 1")
     rates, fields = numbers("--lrs", lrs, float), config_fields(config)
+    given = dict(_model_rate(one) for one in rate or ())
     chosen = {"tokens": tokens, "seeds": seeds, "tokens_per_batch": tokens_per_batch}
     chosen["lengths"] = None if lengths is None else numbers("--lengths", lengths)
 
@@ -103,6 +110,7 @@ def quality(
         fields=fields,
         texts=tuple(text or ()),
         pairs=tuple(pairs or ()),
+        rates=given,
     )
     with showing(_state) as report:
         payload = suite.run(options, resume=resume, overwrite=overwrite, progress=report)
@@ -111,6 +119,15 @@ def quality(
         draw(payload, plot)
     if json_path is not None:
         write_json(json_path, payload)
+
+
+def _model_rate(text: str) -> tuple[str, float]:
+    """The two of MODEL=RATE."""
+    model, _, rate = text.partition("=")
+    try:
+        return model, float(rate)
+    except ValueError:
+        raise ValueError(f"--rate {text!r}: must be MODEL=RATE, as in --rate llama=2e-3") from None
 
 
 def _state(line: Mapping[str, Any]) -> str:
