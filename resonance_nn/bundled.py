@@ -10,4 +10,6 @@ DEFAULT_MODEL = "resonance-tiny"  # of `resonance generate` and `resonance chat`
 
 def bundled_models() -> dict[str, Path]:
     """The folder of each."""
+    if not CHECKPOINTS.is_dir():
+        return {}
     return {path.name: path for path in sorted(CHECKPOINTS.iterdir()) if (path / "config.json").is_file()}

@@ -271,9 +271,12 @@ class ResonanceConfig(PreTrainedConfig):
         ):
             value = getattr(self, field)
             check(type(value) is int and value >= minimum, field, f"an integer ≥ {minimum}")
-        for field in ("intermediate_size", "num_modes", "num_groups", "key_groups"):
+        for field, none in (
+            *((name, "None to derive") for name in ("intermediate_size", "num_modes")),
+            *((name, "None for a group a head") for name in ("num_groups", "key_groups")),
+        ):
             value = getattr(self, field)
-            check(value is DERIVED or (type(value) is int and value >= 1), field, "an integer ≥ 1, or None to derive")
+            check(value is DERIVED or (type(value) is int and value >= 1), field, f"an integer ≥ 1, or {none}")
         width, of_width = self.hidden_size, "hidden_size"
         if self.expand > 1 and set(self.mixers) == {"spectral_gate"}:  # the only mixer that expands
             width, of_width = self.expand * self.hidden_size, "expand · hidden_size"

@@ -48,7 +48,7 @@ def resolve_model(name: str) -> str:
         hint = f"; did you mean {' or '.join(close)}?"
     elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         hint = f"; to download it from the Hugging Face hub, write hub:{name}"
-    raise ValueError(f"model {name!r}: no such folder or bundled model (bundled: {', '.join(bundled)}){hint}")
+    raise ValueError(f"model {name!r}: no such folder or bundled model (bundled: {', '.join(bundled) or 'none'}){hint}")
 
 
 def load_model(

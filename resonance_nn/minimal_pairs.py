@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from resonance_nn.data import DataError, document_token_id
 
 Pairs = dict[str, list[tuple[str, str]]]
-TOKENS_AT_ONCE = 8192
+TOKENS_AT_ONCE = 4096
 
 
 def read_pairs(paths: Sequence[str]) -> Pairs:
@@ -43,10 +44,10 @@ def read_pairs(paths: Sequence[str]) -> Pairs:
 
 def _lines(file: Path) -> Iterator[tuple[str, str]]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8").rstrip("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"pairs: {str(file)!r}: cannot be read as UTF-8 text ({error})") from error
-    if not lines:
+    if lines == [""]:
         raise DataError(f"pairs: {str(file)!r} is empty")
     for number, line in enumerate(lines, 1):
         try:
@@ -67,10 +68,10 @@ def score_pairs(
     *,
     progress: bool = False,
 ) -> dict[str, Any]:
-    """Accuracy by phenomenon and their mean: the share of pairs with log p(good) > log p(bad).
+    """Accuracy by phenomenon and their mean: the share of pairs with log p(good) ≥ log p(bad).
 
-    log p is the sum over all tokens of " " + sentence after <|endoftext|>, as lm-evaluation-harness has it
-    (tests/test_minimal_pairs.py).
+    log p is the sum over all tokens of " " + sentence after <|endoftext|>, and a tie counts, as lm-evaluation-harness
+    has it (tests/test_minimal_pairs.py).
 
     Args:
         model: any causal language model of transformers', in evaluation mode.
@@ -78,15 +79,17 @@ def score_pairs(
         pairs: by phenomenon, from :func:`read_pairs`.
 
     Returns:
-        ``accuracy`` (mean over the phenomena), ``pairs`` (how many), ``phenomena`` (name: accuracy).
+        ``accuracy`` (mean over the phenomena), ``pairs`` (how many), ``phenomena`` (name: accuracy); NaN where a score
+        is not finite.
     """
     boundary = document_token_id(tokenizer)
     sentences = [" " + sentence for group in pairs.values() for pair in group for sentence in pair]
     encoded = tokenizer(sentences, add_special_tokens=False)["input_ids"]
     scores = _log_probabilities(model, [[boundary, *ids] for ids in encoded], progress)
-    right = scores[0::2] > scores[1::2]
+    right = (scores[0::2] >= scores[1::2]).double()
+    right[~(scores[0::2] + scores[1::2]).isfinite()] = math.nan
     parts = right.split([len(group) for group in pairs.values()])
-    phenomena = {name: float(part.double().mean()) for name, part in zip(pairs, parts, strict=True)}
+    phenomena = {name: float(part.mean()) for name, part in zip(pairs, parts, strict=True)}
     return {"accuracy": statistics.fmean(phenomena.values()), "pairs": len(right), "phenomena": phenomena}
 
 
@@ -98,7 +101,8 @@ def _log_probabilities(model: PreTrainedModel, rows: Sequence[Sequence[int]], pr
     with bar:
         while order:
             longest = len(rows[order[-1]])
-            taken, order = order[-max(1, TOKENS_AT_ONCE // longest) :], order[: -max(1, TOKENS_AT_ONCE // longest)]
+            rows_at_once = max(1, TOKENS_AT_ONCE // longest)
+            taken, order = order[-rows_at_once:], order[:-rows_at_once]
             # What is filled up stands right of what counts, which a causal model cannot see.
             ids = torch.tensor([[*rows[i], *[0] * (longest - len(rows[i]))] for i in taken], device=model.device)
             targets = torch.tensor([[*rows[i][1:], *[-100] * (longest - len(rows[i]))] for i in taken])

@@ -54,6 +54,7 @@ SEMISEPARABLE = {  # name -> what is given
 DELTA_RULE = {
     "delta": ["beta"],
     "delta_state": ["beta", "state"],
+    "groups": ["beta", "groups", "state"],
     "turning": ["beta", "angle", "state"],
     "mask": ["beta", "angle", "state", "mask"],
     "documents": ["beta", "state", "reset"],
@@ -95,7 +96,8 @@ def semiseparable_inputs(given, L, P=P, N=N):
 
 def delta_rule_inputs(given, L, P=P, N=N):
     out = common(given, L, P, N)
-    out["k"], out["q"] = (F.normalize(torch.randn(B, L, H, 2 * N), dim=-1) for _ in range(2))
+    G = 2 if "groups" in given else H
+    out["k"], out["q"] = (F.normalize(torch.randn(B, L, G, 2 * N), dim=-1) for _ in range(2))
     return out | {"erase": 1.5 * torch.rand(B, L, H) if "beta" in given else None}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def model(tokenizer):
 
 
 def test_losses_of_tokens_do_not_depend_on_chunks(model):
-    ids = torch.randint(len(range(400)), (2, 70))
+    ids = torch.randint(400, (2, 70))
     with torch.no_grad():
         logits = model(ids[:, :-1], use_cache=False).logits
     exact = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
@@ -64,25 +65,31 @@ def test_the_same_tokens_are_scored_after_every_context(model, tokenizer, text, 
         return losses(model, batch, options)
 
     monkeypatch.setattr(long_text, "token_losses", spy)
-    options = long_text.LongTextOptions(contexts=(0, 16, 200), reference=16, score=20, windows=5, batch_size=2)
+    n = len(ids) // 100
+    options = long_text.LongTextOptions(contexts=(1, 16, 200), reference=16, score=20, windows=n, batch_size=7)
     payload = long_text.run(model, tokenizer, documents, options)
-    for i in range(5):
-        windows = [seen[i + 5 * j] for j in range(3)]
-        assert [len(window) for window in windows] == [21, 37, 221]
+    for i in range(n):
+        windows = [seen[i + n * j] for j in range(3)]
+        assert [len(window) for window in windows] == [21, 36, 220]
         assert all((window[-20:] == windows[0][-20:]).all() for window in windows)
-    starts = [next(s for s in range(len(ids)) if (ids[s : s + 221] == window).all()) for window in seen[10:]]
+    starts = [next(s for s in range(len(ids)) if (ids[s : s + 220] == window).all()) for window in seen[2 * n :]]
     assert all(b - a >= 20 for a, b in itertools.pairwise(starts))  # nothing is scored twice
     figures = {(row["metric"].split(",")[0], row["context"]): row["ours"] for row in payload["rows"]}
     long_text.plot(payload, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes()[:4] == b"\x89PNG"
     with torch.no_grad():
-        batch = torch.from_numpy(np.stack(seen[10:]))
+        batch = torch.from_numpy(np.stack(seen[2 * n :]))
         whole = F.cross_entropy(model(batch[:, :-1]).logits.transpose(1, 2), batch[:, 1:], reduction="none")
     assert figures[long_text.LOSS, 200] == pytest.approx(whole[:, -20:].mean().item(), abs=1e-5)
     change = figures[long_text.LOSS, 200] - figures[long_text.LOSS, 16]
     assert figures[long_text.CHANGE, 200] == pytest.approx(change, abs=1e-6)
-    assert figures[long_text.BY_POSITION, 64] == pytest.approx(whole[:, :64].mean().item(), abs=1e-5)
-    assert figures[long_text.BY_POSITION, 220] == pytest.approx(whole[:, 128:].mean().item(), abs=1e-5)
+    apart = [0]
+    for i, start in enumerate(starts):
+        if start - starts[apart[-1]] >= 219:
+            apart.append(i)
+    assert 1 < len(apart) < n
+    assert figures[long_text.BY_POSITION, 64] == pytest.approx(whole[apart, :64].mean().item(), abs=1e-5)
+    assert figures[long_text.BY_POSITION, 219] == pytest.approx(whole[apart, 128:].mean().item(), abs=1e-5)
 
 
 def test_longtext_command(model, tokenizer, text, tmp_path, capsys):
@@ -117,7 +124,7 @@ def test_passkeys_say_what_they_ask_for(tokenizer, text, tmp_path, needles):
         answer = decode_bytes(tokenizer, targets[targets != IGNORE].tolist()).decode()
         assert len(answer) == 5
         asked = read.rsplit("What is the pass key", 1)[1].split("?")[0]
-        assert f"The pass key{asked} is{answer}. Remember it." in read
+        assert f"The pass key{asked} is {answer}. Remember it." in read
         assert read.count("Remember it.") == needles
         assert read.endswith(answer[:-1])
         assert (targets != IGNORE).nonzero().flatten().tolist() == list(range(length - 5, length))
@@ -126,53 +133,40 @@ def test_passkeys_say_what_they_ask_for(tokenizer, text, tmp_path, needles):
     assert begin.startswith("\nThe pass key")
     end = decode_bytes(tokenizer, last.tolist()).decode()
     assert end.split("Remember it.\n")[-1].startswith("\nWhat is the pass key")
-    with pytest.raises(ValueError, match="length = 20: must be ≥"):
+    with pytest.raises(ValueError, match="20 is too short"):
         passkey.Passkeys(tokenizer, store, 20)
     with pytest.raises(ValueError, match="needles = 27"):
         passkey.Passkeys(tokenizer, store, length, 27)
 
 
 class Oracle(torch.nn.Module):
-    """Reads the key where it stands."""
+    """Reads the key where it stands, but in the first ``wrong`` sequences the last digit."""
 
     def __init__(self, task: passkey.Passkeys, wrong: int):
         super().__init__()
-        self.task, self.wrong, self.calls = task, wrong, 0
-        self.device = torch.device("cpu")
-        self.lm_head = torch.nn.Identity()
+        self.task, self.wrong, self.device, self.lm_head = task, wrong, torch.device("cpu"), torch.nn.Identity()
 
-    @property
-    def base_model(self):
-        return self._answer
-
-    def _answer(self, input_ids, use_cache):
-        start, _ = self.task._parts("Z", [0] * 5)
-        prefix = torch.tensor(start[: start.index(self.task._parts("Z", [0] * 5)[0][-1]) or None][:3])
+    def base_model(self, input_ids, use_cache):
+        (zeros, _), (ones, _) = (self.task.parts("Z", [digit] * 5) for digit in (0, 1))
+        first = next(i for i, (a, b) in enumerate(zip(zeros, ones, strict=True)) if a != b)
         hidden = torch.zeros(*input_ids.shape, 400)
-        for row, ids in enumerate(input_ids):
-            at = next(i for i in range(len(ids)) if (ids[i : i + 3] == prefix).all())
-            key = ids[at + len(self.task._parts("Z", [0] * 5)[0]) - len(self.tail) - 5 :][:5]
-            for j, digit in enumerate(key):
-                hidden[row, -5 + j, digit] = 1.0
-            if self.calls < self.wrong:
-                hidden[row, -1] = 0
-                hidden[row, -1, 0] = 1.0
-            self.calls += 1
-        return type("Out", (), {"last_hidden_state": hidden})()
+        for row, ids in enumerate(input_ids.tolist()):
+            at = next(i for i in range(len(ids)) if ids[i : i + first] == zeros[:first])
+            key = ids[at + first : at + first + 5]
+            if self.wrong > 0:
+                key[-1] = self.task.digits[0] if key[-1] != self.task.digits[0] else self.task.digits[1]
+                self.wrong -= 1
+            hidden[row, torch.arange(-5, 0), torch.tensor(key)] = 1.0
+        return SimpleNamespace(last_hidden_state=hidden)
 
 
 def test_a_key_counts_if_all_its_digits_are_right(tokenizer, text, tmp_path):
     store = TokenStore.build(find_documents([str(text)]), tokenizer, tmp_path / "store", progress=False)
     one = passkey.Passkeys(tokenizer, store, 100)
-    oracle = Oracle(one, wrong=2)
-    needle, _ = one._parts("Z", [0] * 5)
-    digit = one._parts("Z", [1] * 5)[0]
-    changed = [i for i, (a, b) in enumerate(zip(needle, digit, strict=True)) if a != b]
-    oracle.tail = needle[changed[-1] + 1 :]
-    task = passkey.PasskeyTask((one,), {"100": one}, 400, 8, ("100",))
-    figures = task.measure(oracle, "100", np.random.default_rng(0), 0)
-    assert figures["found"] == [False, False, *[True] * 6]
-    assert figures["accuracy"] == 6 / 8
+    found = passkey.which_are_found(Oracle(one, wrong=2), one, 8, np.random.default_rng(0))
+    assert found == [False, False, *[True] * 6]
+    task = passkey.PasskeyTask((one,), one, 400, 8)
+    assert task.measure(Oracle(one, wrong=2), "100", np.random.default_rng(0), 0) == {"accuracy": 6 / 8}
     low, high = passkey.wilson(6, 8)
     assert low < 0.75 < high
     assert passkey.wilson(40, 40)[0] == pytest.approx(0.912, abs=1e-3)
@@ -198,7 +192,18 @@ def test_passkey_command(text, tmp_path, capsys):
     capsys.readouterr()
     assert main([*arguments, "--resume"]) == 0
     assert json.loads((tmp_path / "p.json").read_text())["rows"] == payload["rows"]
+    further = [*arguments[: arguments.index("--lengths")], "--lengths", "128,256,300"]
+    further += arguments[arguments.index("--lengths") + 2 :]
+    weights = tmp_path / "runs" / "default" / "model" / "model.safetensors"
+    before = weights.stat().st_mtime_ns
+    assert main([*further, "--resume"]) == 0  # nothing is trained again
+    assert [row["length"] for row in json.loads((tmp_path / "p.json").read_text())["rows"]] == [128, 256, 300, 128]
+    assert weights.stat().st_mtime_ns == before
     assert main([*arguments, "--resume", "--needles", "2"]) == 2
-    assert "needles was 1 and is 2" in capsys.readouterr().err
+    assert "too short" in capsys.readouterr().err
+    assert main([*arguments, "--resume", "--sequences", "4"]) == 2
+    assert "sequences was 3 and is 4" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite", "--steps", "0"]) == 2
+    assert weights.is_file()  # refused before anything is deleted
     assert main([*arguments, "--overwrite", "--lengths", "256,128"]) == 2
     assert "lengths = [256, 128]: must be ascending" in capsys.readouterr().err

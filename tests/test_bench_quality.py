@@ -20,6 +20,7 @@ from resonance_nn.cli import main
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import encode_bytes, find_documents
 from resonance_nn.data.synthetic import Batch
+from resonance_nn.minimal_pairs import read_pairs, score_pairs
 from resonance_nn.models import ResonanceForCausalLM
 
 TINY = Budget(hidden_size=64, layers=2, vocab_size=300, tokens=8192, lengths=(64,), seeds=2, tokens_per_batch=512)
@@ -177,7 +178,8 @@ def test_finished_models_are_judged_elsewhere(folder, capsys, monkeypatch):
     """Bits per byte of a text are those of the saved weights in windows; what is known is not measured again."""
     monkeypatch.setitem(quality.BUDGETS, "XS", TINY)
     (folder / "other.txt").write_text("line 3 of few, each rather different\n" * 20)
-    pairs = [{"sentence_good": "line 1 of many", "sentence_bad": "Zq~ %%Zq~ %%Zq~ %%"}] * 3
+    sentences = [f"line {i} of many, each {word}" for i, word in enumerate("abcdefgh")]
+    pairs = [{"sentence_good": a, "sentence_bad": b} for a in sentences[:4] for b in sentences[4:]]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     runs = folder / "runs"
     arguments = ["bench", "quality", "--budget", "XS", "--models", "default,llama,mamba2", "--seeds", "1"]
@@ -186,11 +188,11 @@ def test_finished_models_are_judged_elsewhere(folder, capsys, monkeypatch):
     arguments += ["--resume", "--json", str(folder / "q.json"), "--text", str(folder / "other.txt")]
     capsys.readouterr()
     assert main([*arguments, "--pairs", str(folder / "pairs.jsonl")]) == 0
-    assert "bits per byte, other.txt" in capsys.readouterr().out
+    metric = f"bits per byte, {folder / 'other.txt'}"
+    assert "bits per byte" in capsys.readouterr().out
     rows = json.loads((folder / "q.json").read_text())["rows"]
     found = {(row["model"], row["metric"]): row["ours"] for row in rows}
     assert len(found) == len(rows) == 9
-    assert all(found[model, "accuracy on minimal pairs"] == 1 for model in ("default", "llama", "mamba2"))
     budget = replace(TINY, seeds=1, tokens_per_batch=4096)
     options = QualityOptions(budget=budget, data=(str(folder / "text"),), output_dir=runs, lrs=(3e-3,))
     model = ResonanceForCausalLM.from_pretrained(runs / Case(64, "default", 3e-3, 0).folder / "model").eval()
@@ -202,7 +204,16 @@ def test_finished_models_are_judged_elsewhere(folder, capsys, monkeypatch):
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         nats = text.next_token_loss(model, Batch(batch[:, :-1], batch[:, 1:]))[1].item()
     a_byte = nats / math.log(2) * len(ids) / (folder / "other.txt").stat().st_size
-    assert found["default", "bits per byte, other.txt"] == pytest.approx(a_byte, rel=1e-4)
+    assert found["default", metric] == pytest.approx(a_byte, rel=1e-4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        scored = score_pairs(model, tokenizer, read_pairs([str(folder / "pairs.jsonl")]))["accuracy"]
+    assert 0 < scored < 1
+    assert found["default", "accuracy on minimal pairs"] == scored
+
+    short = folder / "short.txt"
+    short.write_text("too short")
+    assert main([*arguments, "--text", str(short)]) == 2
+    assert "give more text, or shorter lengths" in capsys.readouterr().err
 
     def fail(*_):
         raise AssertionError("measured again")
@@ -232,7 +243,7 @@ def test_a_given_rate_is_not_tuned(folder, capsys):
     assert {row["model"]: row["lr"] for row in payload["rows"]}["llama"] == 2e-3
     with pytest.raises(ValueError, match="rates: 'mamba2' is not one of the models"):
         replace(options, rates={"mamba2": 1e-3}).check()
-    with pytest.raises(ValueError, match="lr = -1"):
+    with pytest.raises(ValueError, match=r"rates: llama = -1\.0: must be > 0"):
         replace(options, rates={"llama": -1.0}).check()
     assert main(["bench", "quality", "--rate", "llama"]) == 2
     assert "--rate 'llama': must be MODEL=RATE" in capsys.readouterr().err

@@ -1,6 +1,8 @@
 """Minimal pairs: equal to scoring sentence by sentence, and to lm-evaluation-harness."""
 
+import copy
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -104,6 +106,16 @@ def test_eval_command(folder, model, tokenizer, tmp_path, capsys):
     assert payload["summary"]["minimal_pairs"] == score_pairs(model, tokenizer, PAIRS)
     assert {row["case"] for row in payload["rows"]} == {*PAIRS, "mean of 2"}
     assert "agreement" in capsys.readouterr().out
+
+
+def test_ties_count_and_what_is_not_finite_is_no_answer(model, tokenizer, tmp_path):
+    assert score_pairs(model, tokenizer, {"same": [("A dog.", "A dog.")]})["accuracy"] == 1
+    lost = copy.deepcopy(model)
+    with torch.no_grad():
+        next(lost.parameters()).fill_(math.nan)
+    assert math.isnan(score_pairs(lost, tokenizer, PAIRS)["accuracy"])
+    (tmp_path / "lines.jsonl").write_text('{"sentence_good": "a\u2028b", "sentence_bad": "c"}\n', encoding="utf-8")
+    assert read_pairs([str(tmp_path / "lines.jsonl")]) == {"lines": [("a\u2028b", "c")]}
 
 
 def test_what_is_refused(tmp_path, capsys):

@@ -18,6 +18,8 @@ from resonance_nn.ops.delta_rule import delta_rule_chunked, delta_rule_reference
 FORMS = {
     "proper": {"beta": True},
     "proper_shared": {"beta": True, "groups": 1},
+    "proper_groups": {"beta": True, "groups": 2, "heads": 4},
+    "groups": {"groups": 2, "heads": 4},
     "shared": {"groups": 1},
     "shared_turning": {"groups": 1, "turning": True},
     "head": {},
@@ -36,13 +38,17 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def inputs(L, form, dtype=torch.float64, B=2, H=3, P=5, N=4, strength=1.0):
-    K = 2 * N
+    H, K = form.get("heads", H), 2 * N
     channel, turning = form.get("channel", False), form.get("turning", False)
     v = torch.randn(B, L, H, P, dtype=dtype)
     G = form.get("groups", H)
     k, q = (F.normalize(torch.randn(B, L, G, K, dtype=dtype), dim=-1) for _ in range(2))
     gate = torch.rand((B, L, H) if form.get("beta") else (B, L, H, K), dtype=dtype)
-    erase = None if form.get("nothing_erased") else strength * gate * (1 if form.get("beta") else k)
+    erase = (
+        None
+        if form.get("nothing_erased")
+        else strength * gate * (1 if form.get("beta") else k.repeat_interleave(H // G, dim=2))
+    )
     shape = (B, L, H, N if turning or form.get("hermitian") else K) if channel else (B, L, H)
     log_decay = -4.9 * torch.rand(shape, dtype=dtype) ** 4
     angle = 4 * torch.randn(B, L, H, N, dtype=dtype) if turning else None
@@ -59,7 +65,7 @@ def inputs(L, form, dtype=torch.float64, B=2, H=3, P=5, N=4, strength=1.0):
 def test_chunked_equals_reference(name, L, dtype, poisoned_memory):
     form = FORMS[name]
     arguments, tensors, keywords = inputs(L, form, dtype)
-    B, H, K, P = 2, 3, arguments[1].shape[-1], arguments[0].shape[-1]
+    B, H, K, P = 2, arguments[0].shape[2], arguments[1].shape[-1], arguments[0].shape[-1]
     state = torch.randn(B, H, K, P, dtype=dtype, requires_grad=True)
     reset = torch.zeros(B, L, dtype=torch.bool)
     reset[0, L // 3] = L > 1
@@ -162,6 +168,28 @@ def test_outputs_keep_the_values_dtype(name):
     v, *rest = (None if t is None else t.detach().bfloat16() for t in (v, *rest))
     y, S = delta_rule_chunked(v, *rest, **keywords)
     assert (y.dtype, S.dtype) == (torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_bfloat16_errs_by_rounding(groups):
+    """Keys that resemble each other, so that errors of A would grow: beside float64 on the same rounded inputs the
+    state errs by less than 1%, gradients by less than 3%."""
+    form = {"beta": True, "groups": groups, "heads": 2}
+    (v, k, q, beta, log_decay, _), _, _ = inputs(512, form, P=64, N=32)
+    k, q = (F.normalize(F.silu(torch.randn_like(x) + 2), dim=-1) for x in (k, q))
+    given = [t.detach().bfloat16() for t in (v, k, q)] + [t.detach().float() for t in (beta, 0.1 * log_decay)]
+    half, double = (
+        [t.to(d).requires_grad_() for t, d in zip(given, dtypes, strict=True)]
+        for dtypes in ([torch.bfloat16] * 3 + [torch.float32] * 2, [torch.float64] * 5)
+    )
+    results = []
+    for tensors in (half, double):
+        y, S = delta_rule_chunked(*tensors)
+        weight = torch.linspace(-1, 1, y.shape[1]).view(1, -1, 1, 1).to(y.dtype)
+        results.append((S, *torch.autograd.grad((y * weight).sum() + S.sum(), tensors)))
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(*results, strict=True)]
+    assert errors[0] < 0.01
+    assert max(errors[1:]) < 0.03
 
 
 def test_hermitian_form_is_the_complex_recurrence():

@@ -43,8 +43,6 @@ def gated_delta_rule(
         query, key = (x * (x.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for x in (query, key))
     query = query * query.shape[-1] ** -0.5
     query, key = query.to(value.dtype), key.to(value.dtype)
-    heads = value.shape[2]
-    query, key = (x.repeat_interleave(heads // x.shape[2], dim=2) for x in (query, key))
     y, state = delta_rule_chunked(value, key, query, beta, g, state=initial_state)
     return y, state if output_final_state else None
 

@@ -122,9 +122,9 @@ def rate_table(payload: Mapping[str, Any], title: str) -> Table:
     return view
 
 
-def number(value: float | None) -> str:
-    """With two decimals, or nothing."""
-    return "" if value is None else f"{value:.2f}"
+def number(value: float | None, form: str = ".2f") -> str:
+    """With two decimals, or as said; nothing where there is none."""
+    return "" if value is None else format(value, form)
 
 
 def spread(row: Row) -> str:

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 from resonance_nn.bench.common import Row, figure, result
 from resonance_nn.bench.fit import confidence95
 from resonance_nn.data import DataError, Document, cut_pieces, document_token_id, encode_pieces
-from resonance_nn.evaluation import autocast
+from resonance_nn.evaluation import autocast, finite, row
 from resonance_nn.models import ResonanceForCausalLM
 
 LOSS, CHANGE, BY_POSITION = "loss of the last tokens", "change of their loss", "loss by position"
@@ -32,13 +32,13 @@ class LongTextOptions:
     """What to measure.
 
     Args:
-        contexts: tokens before those that are scored.
+        contexts: tokens before those that are scored, ≥ 1.
         score: tokens at the end of each window that are scored.
         windows: how many; what is scored never overlaps, what stands before it may.
         reference: the context that others are compared with, one of ``contexts``.
         chunk: tokens in one forward pass.
         batch_size: windows at a time.
-        precision: "bf16" or "fp32", of the matmuls.
+        precision: "bf16", "fp16" or "fp32", of the matmuls.
     """
 
     contexts: tuple[int, ...] = (1024, 8192, 32_768, 65_536)
@@ -51,10 +51,12 @@ class LongTextOptions:
 
     def check(self) -> None:
         """Raise ValueError naming the option, its value and what is allowed."""
-        if not self.contexts or sorted(set(self.contexts)) != list(self.contexts) or self.contexts[0] < 0:
-            raise ValueError(f"contexts = {self.contexts}: must be numbers of tokens ≥ 0, ascending, each once")
+        if not self.contexts or sorted(set(self.contexts)) != list(self.contexts) or self.contexts[0] < 1:
+            raise ValueError(f"contexts = {self.contexts}: must be numbers of tokens ≥ 1, ascending, each once")
         if self.reference not in self.contexts:
             raise ValueError(f"reference = {self.reference}: must be one of contexts = {self.contexts}")
+        if self.precision not in ("bf16", "fp16", "fp32"):
+            raise ValueError(f"precision = {self.precision!r}: must be bf16, fp16 or fp32")
         for name, least in (("score", 1), ("windows", 2), ("chunk", 1), ("batch_size", 1)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} = {getattr(self, name)}: must be ≥ {least}")
@@ -68,7 +70,8 @@ def run(
     progress: Callable[[int, int], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Join the documents, each after <|endoftext|>, spread windows evenly over them, and predict the last ``score``
-    tokens of each from fresh states ``contexts`` tokens earlier. ``progress`` is told tokens read, and the total.
+    tokens of each from fresh states ``contexts`` tokens earlier. The model is left in evaluation mode. ``progress`` is
+    told tokens read, and the total.
 
     Raises:
         ValueError: an option out of range, or too little text.
@@ -76,31 +79,32 @@ def run(
     options.check()
     ids = joined(tokenizer, documents)
     longest, score = options.contexts[-1], options.score
-    fits = (len(ids) - 1 - longest) // score
+    fits = (len(ids) - longest) // score
     if fits < options.windows:
         raise DataError(
             f"windows = {options.windows}: the text has {len(ids):,} tokens, room for {max(0, fits)} windows of "
             f"{score:,} tokens after {longest:,} others; give more text, fewer windows or shorter contexts"
         )
-    ends = np.linspace(longest + score, len(ids) - 1, options.windows).astype(int)
+    ends = np.linspace(longest + score, len(ids), options.windows).astype(int)
     total = options.windows * sum(context + score for context in options.contexts)
     done, losses = 0, {}
+    model.eval()
     for context in options.contexts:
         parts = []
         for some in np.split(ends, range(options.batch_size, len(ends), options.batch_size)):
-            batch = torch.from_numpy(np.stack([ids[end - score - context : end + 1] for end in some]))
+            batch = torch.from_numpy(np.stack([ids[end - score - context : end] for end in some]))
             parts.append(token_losses(model, batch, options))
             done += len(some) * (context + score)
             progress(done, total)
-        losses[context] = torch.cat(parts).double().numpy()  # (windows, context + score)
+        losses[context] = torch.cat(parts).double().numpy()  # (windows, context + score − 1)
     last = {context: table[:, -score:].mean(1) for context, table in losses.items()}
-    rows = [_row(f"after {context:,} tokens", LOSS, values, context) for context, values in last.items()]
+    rows: list[Row] = [_row(f"after {context:,} tokens", LOSS, values, context) for context, values in last.items()]
     rows += [
         _row(f"{options.reference:,} to {context:,} tokens", CHANGE, values - last[options.reference], context)
         for context, values in last.items()
         if context != options.reference
     ]
-    rows += _by_position(losses[longest])
+    rows += _by_position(losses[longest], ends)
     chosen = {name: getattr(options, name) for name in options.__dataclass_fields__}
     return result("longtext", rows, model.device.type, options=chosen, tokens=len(ids), documents=len(documents))
 
@@ -139,30 +143,28 @@ def token_losses(model: ResonanceForCausalLM, ids: Tensor, options: LongTextOpti
 def _row(case: str, metric: str, values: np.ndarray, context: int) -> Row:
     """The mean over windows, and half its 95% interval."""
     means = [float(value) for value in values]
-    return {
-        "case": case,
-        "metric": f"{metric}, nats a token",
-        "ours": fmean(means),
-        "peer": None,
-        "peer_name": None,
-        "ratio": None,
-        "interval": confidence95(means),
-        "context": context,
-    }
+    more = {"interval": confidence95(means), "windows": len(means), "context": context}
+    return finite({**row(case, f"{metric}, nats a token", fmean(means)), **more})
 
 
-def _by_position(losses: np.ndarray) -> list[Row]:
-    """Means between powers of two of the position."""
+def _by_position(losses: np.ndarray, ends: np.ndarray) -> list[Row]:
+    """Means between powers of two of the position, over windows (of ``losses``, ending at ``ends``) that do not
+    overlap, or an interval would count the same tokens as different ones."""
     length = losses.shape[1]
+    apart = [0]
+    for i, end in enumerate(ends):
+        if end - ends[apart[-1]] >= length:
+            apart.append(i)
     edges = [0, *(1 << k for k in range(6, math.ceil(math.log2(length)))), length] if length > 64 else [0, length]
     return [
-        _row(f"positions {a:,} to {b - 1:,}", BY_POSITION, losses[:, a:b].mean(1), b)
+        _row(f"positions {a:,} to {b - 1:,}", BY_POSITION, losses[apart, a:b].mean(1), b)
         for a, b in itertools.pairwise(edges)
     ]
 
 
 def plot(payload: Mapping[str, Any], path: str | Path) -> None:
-    """Loss by position, and the change of the same tokens' loss by context; bars are 95% intervals."""
+    """Loss by position, and the change of the same tokens' loss by context; bars are 95% intervals, none of one
+    window."""
     with figure(path, payload, panels=2) as (left, right):
         for axes, metric, label in ((left, BY_POSITION, "position"), (right, CHANGE, "tokens before those scored")):
             rows = [row for row in payload["rows"] if row["metric"].startswith(metric)]
@@ -171,7 +173,8 @@ def plot(payload: Mapping[str, Any], path: str | Path) -> None:
             axes.set_xscale("log", base=2)
             axes.set_xlabel(label)
             axes.set_ylabel(f"{metric}, nats a token")
+            axes.set_title(f"{rows[0]['windows']} windows", fontsize="small")
             axes.grid(alpha=0.3)
         right.axhline(0, color="grey", linewidth=0.8)
         reference = payload["options"]["reference"]
-        right.set_title(f"against {reference:,} tokens, the same tokens scored", fontsize="small")
+        right.set_title(f"against {reference:,} tokens, {payload['options']['windows']} windows", fontsize="small")

@@ -6,6 +6,7 @@ import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from resonance_nn.bench.accelerated import accelerated_delta_rule
 from resonance_nn.bench.common import Row, figure, result
@@ -21,9 +22,10 @@ from resonance_nn.bench.learning import Plan, described, learn, prepare
 from resonance_nn.bench.quality import RECIPES, Budget, Case, QualityOptions, build
 from resonance_nn.bench.tasks import answer_loss, answers
 from resonance_nn.bench.text import text_task, text_tokenizer
+from resonance_nn.bench.zero_shot import Measurement, figures
 from resonance_nn.data import TokenStore, encode_bytes, find_documents
 from resonance_nn.data.synthetic import IGNORE, Batch
-from resonance_nn.evaluation import resolve_device
+from resonance_nn.evaluation import resolve_device, row
 
 DIGITS = 5  # of a key
 NAMES = string.ascii_uppercase
@@ -48,19 +50,26 @@ class Passkeys:
     def __post_init__(self) -> None:
         if not 1 <= self.needles <= len(NAMES):
             raise ValueError(f"needles = {self.needles}: must be in 1 … {len(NAMES)}, a letter each")
-        needle, question = self._parts("Z", [0] * DIGITS)
-        shortest = self.needles * len(needle) + len(question)
+        shortest = max(self.needles * len(a) + len(b) for a, b in (self.parts(name, [0] * DIGITS) for name in NAMES))
         if self.length < shortest:
-            raise ValueError(f"length = {self.length}: must be ≥ {shortest}, as the sentences take that many tokens")
+            raise ValueError(
+                f"train_lengths or lengths: {self.length} is too short, as the sentences take up to {shortest} tokens; "
+                "give longer ones, fewer needles or a larger vocab_size"
+            )
 
-    def _parts(self, name: str, digits: Sequence[int]) -> tuple[list[int], list[int]]:
+    @cached_property
+    def digits(self) -> list[int]:
+        """The tokens of 0 … 9."""
+        return [encode_bytes(self.tokenizer, str(digit).encode())[0] for digit in range(10)]
+
+    def parts(self, name: str, digits: Sequence[int]) -> tuple[list[int], list[int]]:
         """The tokens of a needle, and those of the question up to the last digit but one."""
         of = "" if self.needles == 1 else f" of {name}"
-        key = [encode_bytes(self.tokenizer, str(digit).encode())[0] for digit in digits]
+        key = [self.digits[digit] for digit in digits]
         tell, end = (
-            encode_bytes(self.tokenizer, text) for text in (f"\nThe pass key{of} is".encode(), b". Remember it.\n")
+            encode_bytes(self.tokenizer, text) for text in (f"\nThe pass key{of} is ".encode(), b". Remember it.\n")
         )
-        ask = encode_bytes(self.tokenizer, f"\nWhat is the pass key{of}? The pass key{of} is".encode())
+        ask = encode_bytes(self.tokenizer, f"\nWhat is the pass key{of}? The pass key{of} is ".encode())
         return [*tell, *key, *end], [*ask, *key[:-1]]
 
     def draw(self, rng: Generator, sequences: int, depth: float | None = None) -> Batch:
@@ -71,7 +80,7 @@ class Passkeys:
     def _one(self, rng: Generator, depth: float | None) -> tuple[np.ndarray, np.ndarray]:
         names = rng.permutation(list(NAMES))[: self.needles]
         keys = rng.integers(10, size=(self.needles, DIGITS))
-        parts = [self._parts(str(name), list(key)) for name, key in zip(names, keys, strict=True)]
+        parts = [self.parts(str(name), list(key)) for name, key in zip(names, keys, strict=True)]
         question = parts[0][1]  # the first is asked for
         room = self.length - sum(len(needle) for needle, _ in parts) - len(question)
         at = rng.integers(room + 1, size=self.needles)
@@ -85,24 +94,26 @@ class Passkeys:
             last = at[i]
         ids = np.concatenate([*pieces, text[last:], question]).astype(np.int64)
         targets = np.full(self.length, IGNORE)
-        targets[-DIGITS:] = [encode_bytes(self.tokenizer, str(digit).encode())[0] for digit in keys[0]]
+        targets[-DIGITS:] = [self.digits[digit] for digit in keys[0]]
         return ids, targets
 
 
 @dataclass(frozen=True)
 class PasskeyTask:
-    """Trained at ``train``, in shares ∝ 1/length; held out by length in ``held``; ``watched`` is the longest of the
-    lengths trained on."""
+    """Trained at the lengths of ``train``, in shares ∝ 1/length; the longest of them is watched."""
 
     train: tuple[Passkeys, ...]
-    held: Mapping[str, Passkeys]
+    watch: Passkeys
     vocab_size: int
     sequences: int
-    watched: tuple[str, ...]
 
     @property
     def cells(self) -> Mapping[str, Passkeys]:
-        return self.held
+        return {str(self.watch.length): self.watch}
+
+    @property
+    def watched(self) -> Sequence[str]:
+        return list(self.cells)
 
     def training_batch(self, rng: Generator, tokens: int, step: int) -> Batch:
         shares = np.array([1 / one.length for one in self.train])
@@ -112,24 +123,28 @@ class PasskeyTask:
     def loss(self, model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         return answer_loss(model, batch)
 
-    @torch.no_grad()
-    def measure(self, model: Any, cell: str, rng: Generator, tokens: int) -> dict[str, Any]:
-        """``accuracy``: the share of keys with all digits right, at depths spread evenly; ``found``: which of them."""
-        training, one = model.training, self.held[cell]
-        model.eval()
-        found: list[bool] = []
-        depths = np.linspace(0, 1, self.sequences)
-        rows = max(1, TOKENS_AT_ONCE // one.length)
-        for some in np.split(depths, range(rows, len(depths), rows)):
-            parts = [one.draw(rng, 1, float(depth)) for depth in some]
-            batch = Batch(*(torch.cat(each).to(model.device) for each in zip(*parts, strict=True)))
-            logits, targets, _ = answers(model, batch)
-            found += (logits.argmax(-1) == targets).view(-1, DIGITS).all(1).tolist()
-        model.train(training)
-        return {"accuracy": sum(found) / len(found), "found": found}
+    def measure(self, model: Any, cell: str, rng: Generator, tokens: int) -> dict[str, float]:
+        found = which_are_found(model, self.cells[cell], self.sequences, rng)
+        return {"accuracy": sum(found) / len(found)}
 
-    def reached(self, cells: Mapping[str, Mapping[str, Any]], target: float) -> bool:
+    def reached(self, cells: Mapping[str, Mapping[str, float]], target: float) -> bool:
         return all(figures["accuracy"] >= target for figures in cells.values())
+
+
+@torch.no_grad()
+def which_are_found(model: Any, task: Passkeys, sequences: int, rng: Generator) -> list[bool]:
+    """Of keys at depths spread evenly, from the first token to the last, those with all digits right."""
+    training = model.training
+    model.eval()
+    found: list[bool] = []
+    depths, rows = np.linspace(0, 1, sequences), max(1, TOKENS_AT_ONCE // task.length)
+    for some in np.split(depths, range(rows, sequences, rows)):
+        parts = [task.draw(rng, 1, float(depth)) for depth in some]
+        batch = Batch(*(torch.cat(each).to(model.device) for each in zip(*parts, strict=True)))
+        logits, targets, _ = answers(model, batch)
+        found += (logits.argmax(-1) == targets).view(-1, DIGITS).all(1).tolist()
+    model.train(training)
+    return found
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,7 @@ class PasskeyOptions:
     hidden_size: int = 128
     layers: int = 2
     vocab_size: int = 2048
-    plan: Plan = field(default_factory=lambda: Plan(lr=3e-3, steps=2000, target=1.0))
+    plan: Plan = field(default_factory=lambda: Plan(lr=3e-3, steps=2000, target=2.0))
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:
@@ -158,13 +173,14 @@ class PasskeyOptions:
                 raise ValueError(f"{name} = {values}: must be ascending, each once")
         if self.sequences < 2:
             raise ValueError(f"sequences = {self.sequences}: must be ≥ 2")
+        self.plan.check()
         self.quality().check()
 
     def quality(self) -> QualityOptions:
         """What builds the models: ours as wide and deep as said, peers of equal size."""
         lengths = (max(*self.train_lengths, self.peer_max_length),)
         budget = Budget(self.hidden_size, self.layers, self.vocab_size, tokens=1, lengths=lengths, seeds=1)
-        return QualityOptions(self.models, budget, self.data, self.output_dir, (self.plan.lr,), self.plan, self.fields)
+        return QualityOptions(self.models, budget, self.data, lrs=(self.plan.lr,), plan=self.plan, fields=self.fields)
 
 
 def run(
@@ -172,7 +188,7 @@ def run(
     *,
     resume: bool = False,
     overwrite: bool = False,
-    progress: Callable[[int, int, Case, float, Mapping[str, Any]], None] = lambda *_: None,
+    progress: Callable[[int, int, Trained, float, Mapping[str, Any]], None] = lambda *_: None,
 ) -> dict[str, Any]:
     """Train what is missing in ``output_dir``; what is written as JSON.
 
@@ -180,73 +196,78 @@ def run(
         ValueError: as :meth:`PasskeyOptions.check`; a folder with runs and neither flag, or with other ones.
     """
     options.check()
-    quality, folder = options.quality(), options.output_dir
+    plan, folder = options.plan, options.output_dir
     documents = find_documents(list(options.data), leave_out=folder)
     tokenizer = text_tokenizer(documents, options.vocab_size)
-    text = text_task(documents, folder / "data", 2, options.vocab_size)
-    cases = [Case(quality.budget.lengths[0], model, options.plan.lr, options.plan.seed) for model in options.models]
+    text = text_task(documents, folder / "data", 2, options.vocab_size, tokenizer)
+
+    def passkeys(length: int, store: TokenStore) -> Passkeys:
+        return Passkeys(tokenizer, store, length, options.needles)
+
+    trained = tuple(passkeys(length, text.train) for length in options.train_lengths)
+    watch = passkeys(options.train_lengths[-1], text.held_out)
+    task = PasskeyTask(trained, watch, options.vocab_size, options.sequences)
+    asked = [_asked(passkeys(length, text.held_out), options.sequences) for length in options.lengths]
+    cases = [Trained(model, plan.lr, plan.seed) for model in options.models]
     settings = {case: _settings(options, case) for case in cases}
-    prepare(folder, {c.model: described(settings[c], options.plan) for c in cases}, resume=resume, overwrite=overwrite)
-    outcomes: dict[str, dict[str, Any]] = {}
+    prepare(folder, {c.model: described(settings[c], plan) for c in cases}, resume=resume, overwrite=overwrite)
+    made: list[Row] = []
     with accelerated_delta_rule():
-        for case in cases:
-            of_peer = case.model not in RECIPES
-            lengths = [n for n in options.lengths if not of_peer or n <= options.peer_max_length]
-            longest = options.train_lengths[-1]
-            task = PasskeyTask(
-                train=tuple(Passkeys(tokenizer, text.train, n, options.needles) for n in options.train_lengths),
-                held={
-                    str(n): Passkeys(tokenizer, text.held_out, n, options.needles) for n in sorted({longest, *lengths})
-                },
-                vocab_size=options.vocab_size,
-                sequences=options.sequences,
-                watched=(str(longest),),
-            )
-            outcomes[case.model] = learn(
+        for i, case in enumerate(cases):
+            outcome = learn(
                 folder / case.model,
                 task,
-                lambda case=case: build(quality, case),
-                options.plan,
+                partial(case.build, options),
+                plan,
                 settings[case],
                 resume=True,
-                report=lambda spent, line, case=case: progress(len(outcomes), len(cases), case, spent, line),
+                report=lambda spent, line, i=i, case=case: progress(i, len(cases), case, spent, line),
             )
-    described_options = {**asdict(options), "output_dir": str(folder)}
-    return result("passkey", rows(outcomes), resolve_device(options.plan.device), options=described_options)
+            longest = math.inf if case.model in RECIPES else options.peer_max_length
+            wanted = [one for one, length in zip(asked, options.lengths, strict=True) if length <= longest]
+            found = figures(folder / case.model, partial(case.build, options), wanted, 0, plan)
+            made += [_row(case.model, int(length), which, outcome) for length, which in found.items()]
+    return result("passkey", made, resolve_device(plan.device), options={**asdict(options), "output_dir": str(folder)})
 
 
-def _settings(options: PasskeyOptions, case: Case) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Trained:
+    """One run."""
+
+    model: str
+    lr: float
+    seed: int
+
+    @property
+    def title(self) -> str:
+        return f"{self.model}, rate {self.lr:g}, seed {self.seed}"
+
+    def build(self, options: PasskeyOptions) -> PreTrainedModel:
+        """The model, from the global seed."""
+        quality = options.quality()
+        return build(quality, Case(quality.budget.lengths[0], self.model, self.lr, self.seed))
+
+
+def _asked(task: Passkeys, sequences: int) -> Measurement:
+    key = f"{task.text.fingerprint} {task.length} {task.needles} {sequences}"
+    return Measurement(
+        str(task.length), key, lambda model, _: which_are_found(model, task, sequences, np.random.default_rng(1))
+    )
+
+
+def _settings(options: PasskeyOptions, case: Trained) -> dict[str, Any]:
     """What a run depends on beside its plan."""
-    names = ("data", "train_lengths", "lengths", "peer_max_length", "needles", "sequences", "hidden_size", "layers")
+    names = ("data", "train_lengths", "peer_max_length", "needles", "sequences", "hidden_size", "layers")
     chosen = {name: getattr(options, name) for name in names}
     return {**chosen, "model": case.model, "vocab_size": options.vocab_size, "fields": dict(options.fields)}
 
 
-def rows(outcomes: Mapping[str, Mapping[str, Any]]) -> list[Row]:
-    """A row of each model and length: the share of keys found, its 95% interval (Wilson), and which were."""
-    made: list[Row] = []
-    for model, outcome in outcomes.items():
-        for length, figures in outcome["cells"].items():
-            low, high = wilson(sum(figures["found"]), len(figures["found"]))
-            made.append(
-                {
-                    "case": f"{model}, {int(length):,} tokens",
-                    "metric": "keys found",
-                    "ours": figures["accuracy"],
-                    "peer": None,
-                    "peer_name": None,
-                    "ratio": None,
-                    "model": model,
-                    "length": int(length),
-                    "low": low,
-                    "high": high,
-                    "found": figures["found"],
-                    "parameters": outcome["parameters"],
-                    "steps": outcome["steps"],
-                    "training_seconds": outcome["training_seconds"],
-                }
-            )
-    return made
+def _row(model: str, length: int, found: Sequence[bool], outcome: Mapping[str, Any]) -> Row:
+    """The share of keys found, its 95% interval (Wilson), and which were."""
+    low, high = wilson(sum(found), len(found))
+    share = row(f"{model}, {length:,} tokens", "keys found", sum(found) / len(found))
+    about = {name: outcome[name] for name in ("parameters", "steps", "training_seconds")}
+    return {**share, "model": model, "length": length, "low": low, "high": high, "found": list(found), **about}
 
 
 def wilson(hits: int, trials: int) -> tuple[float, float]:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from resonance_nn.bench.fit import confidence95
 from resonance_nn.bench.learning import Plan, described, learn, prepare
 from resonance_nn.bench.models import sized
 from resonance_nn.bench.peers import PEERS, build_peer, count
-from resonance_nn.bench.text import HELD_OUT, TextTask, text_task
+from resonance_nn.bench.text import HELD_OUT, TextTask, text_task, text_tokenizer
 from resonance_nn.bench.zero_shot import Measurement, figures, measurements
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import find_documents
@@ -103,7 +103,10 @@ class QualityOptions:
         for model in self.rates:
             if model not in self.models:
                 raise ValueError(f"rates: {model!r} is not one of the models, {', '.join(self.models)}")
-        for lr in (*self.lrs, *self.rates.values()):
+        for model, lr in self.rates.items():
+            if not 0 < lr < math.inf:
+                raise ValueError(f"rates: {model} = {lr}: must be > 0")
+        for lr in self.lrs:
             self.plan_of(Case(1, self.models[0], lr, 0)).check()
 
     def tried(self, model: str) -> tuple[float, ...]:
@@ -186,6 +189,7 @@ def run(
     outcomes: dict[Case, dict[str, Any]] = {}
     total = sum(len(options.tried(model)) + len(budget.lengths) * budget.seeds - 1 for model in options.models)
     tasks: dict[int, TextTask] = {}
+    tokenizer = cache(partial(text_tokenizer, documents, budget.vocab_size))
 
     def train(cases: Sequence[Case], resume: bool) -> None:
         settings = {case: _settings(options, case) for case in cases}
@@ -193,7 +197,7 @@ def run(
         prepare(folder, runs, resume=resume, overwrite=overwrite)
         for case in cases:
             if case.length not in tasks:
-                tasks[case.length] = text_task(documents, folder / "data", case.length, budget.vocab_size)
+                tasks[case.length] = text_task(documents, folder / "data", case.length, budget.vocab_size, tokenizer())
             outcomes[case] = learn(
                 folder / case.folder,
                 replace(tasks[case.length], order=case.seed),
@@ -204,7 +208,7 @@ def run(
                 report=lambda spent, line, case=case: progress(len(outcomes), total, case, spent, line),
             )
 
-    elsewhere = measurements(documents, budget.vocab_size, folder / "data", options.texts, options.pairs)
+    elsewhere = measurements(tokenizer, budget.lengths, folder / "data", options.texts, options.pairs)
     with accelerated_delta_rule():
         train(list(_all_rates(options)), resume)
         train(list(_at_best_rates(options, outcomes)), not overwrite)

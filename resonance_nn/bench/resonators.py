@@ -48,7 +48,7 @@ def _spectral_gate(mixer: SpectralGateMixer, x: Tensor) -> Reading:
     K = 2 * mixer.num_modes
     c = F.silu(vbc[..., -mixer.num_groups * K :]).unflatten(-1, (-1, K))
     c = mixer._read(F.normalize(c, dim=-1, eps=1e-6) if mixer.normalize_gates else c)
-    c = c.repeat_interleave(mixer.num_heads // c.shape[2], dim=2)  # (B, L, H, K)
+    c = to_heads(c, mixer.num_heads)  # (B, L, H, K)
     if angle is None:
         angle = torch.zeros_like(log_decay)[..., None]
     elif mixer.rotation == "step":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -105,11 +106,11 @@ def recall_task(
         fitting = ", ".join(recall_cell(*size) for size in sizes) or "none: a length must be ≥ 4 times the pairs"
         raise ValueError(f"watch = {recall_cell(*watched)}: must be one of the cells trained on, {fitting}")
     cells = {recall_cell(*size): draw(*size) for size in sizes}
+    if min(test_lengths, default=math.inf) < 4 * min(pairs):
+        raise ValueError(f"test_lengths = {list(test_lengths)}: must be ≥ {4 * min(pairs)}, four times the least pairs")
     further = [(length, count) for length in sorted(set(test_lengths) - set(lengths)) for count in sorted(set(pairs))]
     tested = {recall_cell(*size): draw(*size) for size in further if size[0] >= 4 * size[1]}
-    for cell in (*cells.values(), *tested.values()):
-        cell(np.random.default_rng(0), 1)  # raises where a size is impossible
-    return Task(vocab_size, tuple(cells.values()), {**cells, **tested}, (recall_cell(*watched),))
+    return _checked(Task(vocab_size, tuple(cells.values()), {**cells, **tested}, (recall_cell(*watched),)))
 
 
 def tracking_task(name: str, train_lengths: Sequence[int], lengths: Sequence[int] = LENGTHS) -> Task:
@@ -129,7 +130,14 @@ def tracking_task(name: str, train_lengths: Sequence[int], lengths: Sequence[int
         return Draw(lambda rng, sequences: function(rng, sequences, length, **arguments), length)
 
     cells = {f"{name} {length}": draw(length) for length in sorted(set(lengths))}
-    return Task(vocab_size, tuple(draw(n) for n in train_lengths), cells, (list(cells)[-1],))
+    return _checked(Task(vocab_size, tuple(draw(n) for n in train_lengths), cells, (list(cells)[-1],)))
+
+
+def _checked(task: Task) -> Task:
+    """A task, if each of its sizes can be drawn; raises ValueError otherwise, before anything is trained."""
+    for draw in (*task.training, *task.cells.values()):
+        draw(np.random.default_rng(0), 1)
+    return task
 
 
 def mixture(*tasks: Task) -> Task:

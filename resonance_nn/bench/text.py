@@ -105,13 +105,21 @@ def next_token_loss(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return objective if out.aux_loss is None else objective + out.aux_loss, loss
 
 
-def text_task(documents: Documents, folder: Path, seq_len: int, vocab_size: int, **options: Any) -> TextTask:
-    """A corpus as token ids under ``folder``, written once, with a tokenizer trained on its training part.
+def text_task(
+    documents: Documents,
+    folder: Path,
+    seq_len: int,
+    vocab_size: int,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    **options: Any,
+) -> TextTask:
+    """A corpus as token ids under ``folder``, written once.
 
-    ``options``: further fields of :class:`TextTask`.
+    ``tokenizer``: from :func:`text_tokenizer`, made if it is not given. ``options``: further fields of
+    :class:`TextTask`.
     """
     train, held_out = split_documents(documents)
-    tokenizer = text_tokenizer(documents, vocab_size)
+    tokenizer = tokenizer or text_tokenizer(documents, vocab_size)
     stores = [
         TokenStore.build(part, tokenizer, folder / name) for part, name in ((train, "train"), (held_out, "held-out"))
     ]

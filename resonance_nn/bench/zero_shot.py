@@ -1,5 +1,5 @@
-"""What the finished models of ``quality`` are worth elsewhere: on texts they were not trained for, and on minimal
-pairs. A run's figures are kept in its folder, in zero-shot.json, by what was measured."""
+"""What finished models are worth elsewhere than where they were trained, as on other texts and on minimal pairs. A
+run's figures are kept in its folder, in zero-shot.json, by what was measured and of which weights."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_model
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from resonance_nn.bench.learning import PRECISIONS, Plan
-from resonance_nn.bench.text import HELD_OUT, TextTask, text_tokenizer
-from resonance_nn.data import Documents, TokenStore, find_documents
-from resonance_nn.evaluation import finite
+from resonance_nn.bench.learning import Plan
+from resonance_nn.bench.text import HELD_OUT, TextTask
+from resonance_nn.data import TokenStore, find_documents
+from resonance_nn.evaluation import autocast, finite
 from resonance_nn.files import atomic_path
 from resonance_nn.minimal_pairs import read_pairs, score_pairs
 
@@ -32,11 +33,15 @@ class Measurement:
 
     metric: str
     key: str
-    measure: Callable[[PreTrainedModel, int], float]
+    measure: Callable[[PreTrainedModel, int], Any]
 
 
 def measurements(
-    documents: Documents, vocab_size: int, folder: Path, texts: Sequence[str], pairs: Sequence[str]
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+    lengths: Sequence[int],
+    folder: Path,
+    texts: Sequence[str],
+    pairs: Sequence[str],
 ) -> list[Measurement]:
     """Of each text, as ``--data`` takes it, and of all pairs.
 
@@ -44,34 +49,47 @@ def measurements(
     loss; the last, partial window is left out. Accuracy is the mean over the phenomena.
 
     Args:
-        documents, vocab_size: the corpus the models were trained on, which gives the tokenizer.
+        tokenizer: makes that of the models.
+        lengths: of the windows they are trained on.
         folder: where to keep encoded texts.
+
+    Raises:
+        ValueError: a text named twice or shorter than a window; pairs that cannot be read.
     """
-    tokenizer = text_tokenizer(documents, vocab_size)
+    if len(set(texts)) < len(texts):
+        raise ValueError(f"text = {list(texts)}: each once")
     made: list[Measurement] = []
+    if not (texts or pairs):
+        return made
+    own = tokenizer()
     for text in texts:
         name = hashlib.sha256(text.encode()).hexdigest()[:12]
-        store = TokenStore.build(find_documents([text]), tokenizer, folder / f"text-{name}", progress=False)
+        store = TokenStore.build(find_documents([text]), own, folder / f"text-{name}", progress=False)
+        if store.num_tokens <= max(lengths):
+            raise ValueError(
+                f"text = {text!r}: has {store.num_tokens:,} tokens, not a window of {max(lengths):,} and the one after "
+                "it; give more text, or shorter lengths"
+            )
 
         def bits(model: PreTrainedModel, length: int, store: TokenStore = store) -> float:
-            task = TextTask(store, store, length, vocab_size, eval_tokens=store.num_tokens)
+            task = TextTask(store, store, length, len(own), eval_tokens=store.num_tokens)
             return task.measure(model, HELD_OUT, np.random.default_rng(), 0)["bits_per_byte"]
 
-        made.append(Measurement(f"{TEXT}, {Path(text).name}", store.fingerprint, bits))
+        made.append(Measurement(f"{TEXT}, {text}", store.fingerprint, bits))
     if pairs:
         read = read_pairs(pairs)
         key = hashlib.sha256(json.dumps(read).encode()).hexdigest()
-        made.append(Measurement(PAIRS, key, lambda model, _: score_pairs(model, tokenizer, read)["accuracy"]))
+        made.append(Measurement(PAIRS, key, lambda model, _: score_pairs(model, own, read)["accuracy"]))
     return made
 
 
 def figures(
     folder: Path, build: Callable[[], PreTrainedModel], wanted: Sequence[Measurement], length: int, plan: Plan
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Of the finished run in ``folder``, by metric: those of its zero-shot.json, and what is missing there measured.
-    NaN where a figure is not finite."""
+    NaN where a number is not finite."""
     path, weights = folder / "zero-shot.json", folder / "model" / "model.safetensors"
-    known: dict[str, float | None] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    known: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     of_weights = hashlib.sha256(weights.read_bytes()).hexdigest()  # another training run has others
     keys = {one.metric: f"{one.key} {of_weights}" for one in wanted}
     missing = [one for one in wanted if keys[one.metric] not in known]
@@ -79,9 +97,7 @@ def figures(
         model = build()
         load_model(model, weights)
         nn.Module.to(model, plan.device).eval()
-        dtype = PRECISIONS[plan.precision]
-        kind = torch.device(plan.device).type
-        with torch.no_grad(), torch.autocast(kind, dtype=dtype, enabled=dtype != torch.float32):
+        with torch.no_grad(), autocast(plan.precision, torch.device(plan.device).type):
             known |= finite({keys[one.metric]: one.measure(model, length) for one in missing})
         with atomic_path(path) as temporary:
             temporary.write_text(json.dumps(known, indent=2) + "\n", encoding="utf-8")

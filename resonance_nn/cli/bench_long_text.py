@@ -40,6 +40,7 @@ def longtext(
     from rich.table import Table
 
     from resonance_nn.bench import long_text as suite
+    from resonance_nn.bench.common import number
     from resonance_nn.data import find_documents, split_documents
     from resonance_nn.evaluation import resolve_device, resolve_precision
     from resonance_nn.loading import load_model
@@ -63,12 +64,12 @@ def longtext(
         payload = suite.run(lm, tokenizer, documents, options, progress)
     payload["model"], payload["data"] = model, data
     view = Table("case", "metric", title=f"{windows} windows, {payload['tokens']:,} tokens of text", highlight=False)
-    for heading in ("nats a token", "± 95%"):
+    for heading in ("nats a token", "± 95%", "windows"):
         view.add_column(heading, justify="right")
     for row in payload["rows"]:
         change = row["metric"].startswith(suite.CHANGE)
-        figure = format(row["ours"], "+.4f" if change else ".4f")
-        view.add_row(row["case"], row["metric"].split(",")[0], figure, f"{row['interval']:.4f}")
+        figures = number(row["ours"], "+.4f" if change else ".4f"), number(row["interval"], ".4f")
+        view.add_row(row["case"], row["metric"].split(",")[0], *figures, str(row["windows"]))
     wide_view(console_for(json_path)).print(view)
     if plot is not None:
         suite.plot(payload, plot)

@@ -78,7 +78,9 @@ def quality(
     if threads is not None and threads < 1:
         raise ValueError(f"threads = {threads}: must be ≥ 1")
     rates, fields = numbers("--lrs", lrs, float), config_fields(config)
-    given = dict(_model_rate(one) for one in rate or ())
+    given = dict(map(_model_rate, rate or ()))
+    if len(given) < len(rate or ()):
+        raise ValueError(f"--rate {' '.join(rate or ())}: one for each model")
     chosen = {"tokens": tokens, "seeds": seeds, "tokens_per_batch": tokens_per_batch}
     chosen["lengths"] = None if lengths is None else numbers("--lengths", lengths)
 
@@ -158,9 +160,9 @@ def _show(payload: Mapping[str, Any], out: Console) -> None:
     for row in losses:
         view.add_row(
             *(row["case"], f"{row['parameters']:,}", f"{row['lr']:g}" + "*" * row["lr_at_edge"]),
-            *("diverged" if row["ours"] is None else _text(row["ours"]), _text(row["interval"])),
-            *(*_difference(row), _text(row["bits_per_byte"])),
-            *(_text(row["share_of_tokens"], ".0%"), _text(row["share_of_seconds"], ".0%")),
+            *("diverged" if row["ours"] is None else _number(row["ours"]), _number(row["interval"])),
+            *(*_difference(row), _number(row["bits_per_byte"])),
+            *(_number(row["share_of_tokens"], ".0%"), _number(row["share_of_seconds"], ".0%")),
             f"{row['training_seconds'] / 60:.1f}",
         )
     wide_view(out).print(view)
@@ -180,14 +182,16 @@ def _show(payload: Mapping[str, Any], out: Console) -> None:
         for heading in ("figure", "± 95%", "less Llama", "± 95%"):
             view.add_column(heading, justify="right")
         for row in elsewhere:
-            figures = (_text(row["ours"]), _text(row["interval"]))
+            figures = (_number(row["ours"]), _number(row["interval"]))
             view.add_row(row["case"], row["metric"], *figures, *_difference(row))
         wide_view(out).print(view)
 
 
-def _text(value: float | None, form: str = ".4f") -> str:
-    return "" if value is None else format(value, form)
+def _number(value: float | None, form: str = ".4f") -> str:
+    from resonance_nn.bench.common import number
+
+    return number(value, form)
 
 
 def _difference(row: Mapping[str, Any]) -> tuple[str, str]:
-    return _text(row["difference"], "+.4f"), _text(row["difference_interval"])
+    return _number(row["difference"], "+.4f"), _number(row["difference_interval"])

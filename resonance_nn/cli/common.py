@@ -27,7 +27,7 @@ ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="A folder, a bundled name, or hub:org/name.", show_default=False)
 ]
 DefaultedModelArgument = Annotated[
-    str, typer.Argument(metavar="[MODEL]", help="A folder, a bundled name, or hub:org/name.")
+    str, typer.Argument(metavar="MODEL", help="A folder, a bundled name, or hub:org/name.")
 ]
 JsonOption = Annotated[
     str | None,

@@ -13,7 +13,7 @@ from resonance_nn.layers import GroupedRMSNorm, RMSNorm, ShortConv
 from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens
 from resonance_nn.ops.elementwise import silu_gate, unit
 from resonance_nn.ops.precision import wide_dtype, wide_linear, without_autocast
-from resonance_nn.ops.semiseparable import semiseparable_chunked, semiseparable_step
+from resonance_nn.ops.semiseparable import semiseparable_chunked, semiseparable_step, to_heads
 
 if TYPE_CHECKING:
     from resonance_nn.config import ResonanceConfig
@@ -219,7 +219,7 @@ class SpectralGateMixer(Mixer):
                 re, im = self.mixing.unbind(1)  # (H, N, N)
                 C = torch.cat((torch.cat((re, -im), dim=-1), torch.cat((im, re), dim=-1)), dim=-2)  # (H, 2N, 2N)
             if self.num_groups < self.num_heads:
-                c = c.repeat_interleave(self.num_heads // self.num_groups, dim=2)
+                c = to_heads(c, self.num_heads)
             c = c + (c.transpose(1, 2) @ C.to(c.dtype)).transpose(1, 2)
         if self.modes_kept < self.modes:
             c = keep_largest(c, self.modes, self.modes_kept, self.mode_noise if self.training else 0.0)
@@ -237,14 +237,14 @@ class SpectralGateMixer(Mixer):
         if S is not None:
             assert last is not None
             b, v = last.to(S.dtype).split((last.shape[-1] - H * self.head_dim, H * self.head_dim), dim=-1)
-            b = b.view(B, self.num_groups, -1).repeat_interleave(H // self.num_groups, dim=1)  # (B, H, K)
+            b = to_heads(b.view(B, self.num_groups, -1), H, dim=1)  # (B, H, K)
             S = S + (before[:, 0, :, None] * b)[..., :, None] * v.view(B, H, 1, -1)
         return S, own + F.pad(before[:, 1:], (0, 0, 0, 1)), own
 
     def _overlap(self, b: Tensor, c: Tensor) -> Tensor:
         """Re(c_t^H b_t) (B, L, H), what a token reads of its own write; b (B, L, G, K), c (B, L, G or H, K)."""
         product = (c.unflatten(2, (self.num_groups, -1)) * b.unsqueeze(3)).sum(-1, dtype=wide_dtype(b)).flatten(2)
-        return product.repeat_interleave(self.num_heads // product.shape[2], dim=2)
+        return to_heads(product, self.num_heads)
 
 
 def modulus(x: Tensor, modes: int) -> Tensor:

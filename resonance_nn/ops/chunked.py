@@ -59,7 +59,7 @@ class Chunked(torch.autograd.Function):
         """v (B, L, H, P), b and c (B, L, G, K), cum, source, target and skip (B, C, H, T), theta (B, L, H, N), document
         (B, C, 1, T), L = C·T. Returns y (B, L, H, P) and the last state, not turned back (B, H, K, P)."""
         B, _, H, P = v.shape
-        _, C, _, T = cum.shape
+        C = cum.shape[1]
         K, dtype, wide = b.shape[-1], v.dtype, cum.dtype
 
         cos = sin = None
@@ -70,16 +70,8 @@ class Chunked(torch.autograd.Function):
             b, c = _turn(b, cos, sin, back=True), _turn(c, cos, sin, back=True)
         G = b.shape[2]
 
-        total = cum[..., -1:]  # (B, C, H, 1)
-        from_start, to_end, carry = exp(target), exp(total - source), exp(total)
-        seen = torch.ones(T, T, dtype=torch.bool, device=v.device).tril(-1 if read_first else 0)
-        if document is not None:
-            seen = seen & (document[..., :, None] == document[..., None, :])  # (B, C, 1, T, T)
-            to_end = to_end * (document == document[..., -1:])
-            from_start = from_start * (document == 0)
-            carry = carry * (document[..., -1:] == 0)
-        hidden = torch.zeros(seen.shape, dtype=wide, device=v.device).masked_fill_(~seen, float("-inf"))
-        decay = exp((target[..., :, None] - source[..., None, :]).add_(hidden)).to(dtype)  # (B, C, H, T, T)
+        from_start, to_end, carry, decay = decays(cum, source, target, document, -1 if read_first else 0)
+        decay = decay.to(dtype)  # D (B, C, H, T, T)
         A = (groups(decay, G) * bmm(c, b.mT).unsqueeze(3)).flatten(2, 3)
         own = None  # what a token reads of its own write
         if skip is not None:
@@ -160,6 +152,23 @@ class Chunked(torch.autograd.Function):
         d_state = None if of_state is None else _unpack(running, P).to(of_state)
         db, dc = tokens(db).to(of_b), tokens(dc).to(of_b)
         return dv, db, dc, d_cum, d_source, d_target, d_skip, d_theta, d_state, None, None
+
+
+def decays(
+    cum: Tensor, source: Tensor, target: Tensor, document: Tensor | None, diagonal: int = 0
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """f, e (B, C, H, T), e^{total} (B, C, H, 1) and D (B, C, H, T, T), with D_ts = 0 for s > t + ``diagonal`` and
+    wherever a document begins in between; arguments as of :class:`Chunked`."""
+    total, T = cum[..., -1:], cum.shape[-1]
+    from_start, to_end, carry = exp(target), exp(total - source), exp(total)
+    seen = torch.ones(T, T, dtype=torch.bool, device=cum.device).tril(diagonal)
+    if document is not None:
+        seen = seen & (document[..., :, None] == document[..., None, :])  # (B, C, 1, T, T)
+        to_end = to_end * (document == document[..., -1:])
+        from_start = from_start * (document == 0)
+        carry = carry * (document[..., -1:] == 0)
+    hidden = torch.zeros(seen.shape, dtype=cum.dtype, device=cum.device).masked_fill_(~seen, float("-inf"))
+    return from_start, to_end, carry, exp((target[..., :, None] - source[..., None, :]).add_(hidden))
 
 
 def _recur(S: Tensor, P: int, carry: Tensor, new: Tensor, before: Tensor | None, *, backwards: bool = False) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from resonance_nn.ops.chunked import bmm, by_group, exp, groups
+from resonance_nn.ops.chunked import bmm, by_group, decays, groups
 from resonance_nn.ops.precision import without_autocast
 
 
@@ -24,11 +24,11 @@ class ChunkedDelta(torch.autograd.Function):
     e_s = e^{total − cum_s}, g = e^{total}, a chunk is
 
         A = β ∘ D ∘ K K^T (below the diagonal)     X = (I + A)^{−1}     U = X (β ∘ V)     Z = X (βf ∘ K)
-        W = U − Z S          Y = M W + (f ∘ Q) S,  M = D ∘ Q K^T          S' = G S + (e ∘ K)^T U,  G = g − (e ∘ K)^T Z
+        W = U − Z S          Y = M W + (f ∘ Q) S,  M = D ∘ Q K^T          S' = R S + (e ∘ K)^T U,  R = g − (e ∘ K)^T Z
 
     W being what is written in truth. Backwards, with dS' from the chunk after and N = M^T dY,
 
-        dS = G^T dS' + (f ∘ Q)^T dY − Z^T N                dW = N + (e ∘ K) dS'                V̄ = X^T dW
+        dS = R^T dS' + (f ∘ Q)^T dY − Z^T N                dW = N + (e ∘ K) dS'                V̄ = X^T dW
         dA = −V̄ W^T (below the diagonal)     dM = dY W^T (on it and below)     d(β ∘ V) = V̄     d(βf ∘ K) = −V̄ S^T
         d(f ∘ Q) = dY S^T                      d(e ∘ K) = W dS'^T
 
@@ -53,18 +53,8 @@ class ChunkedDelta(torch.autograd.Function):
         dtype, wide = v.dtype, cum.dtype
         ctx.dtypes = k.dtype, q.dtype, None if state is None else state.dtype
         v, k, q = by_group(v, C), by_group(k.to(dtype), C), by_group(q.to(dtype), C)  # (B, C, H | G, T, ·)
-        total = cum[..., -1:]
-        from_start, to_end, carry = exp(cum), exp(total - cum), exp(total)
-        seen = torch.ones(T, T, dtype=torch.bool, device=v.device).tril()
-        if document is not None:
-            seen = seen & (document[..., :, None] == document[..., None, :])  # (B, C, 1, T, T)
-            to_end = to_end * (document == document[..., -1:])
-            from_start = from_start * (document == 0)
-            carry = carry * (document[..., -1:] == 0)
-        hidden = torch.zeros(seen.shape, dtype=wide, device=v.device).masked_fill_(~seen, float("-inf"))
-        decay = exp((cum[..., :, None] - cum[..., None, :]).add_(hidden))  # D (B, C, H, T, T)
-
-        overlap = _of_heads(decay, bmm(k, k.mT))  # D ∘ K K^T
+        from_start, to_end, carry, decay = decays(cum, cum, cum, document)
+        overlap = _of_heads(decay, bmm(k.to(wide), k.to(wide).mT))  # D ∘ K K^T: rounding it would be rounding A
         eye = torch.eye(T, dtype=wide, device=v.device).expand(B, C, H, T, T)
         A = overlap * beta[..., None]  # what stands on its diagonal is not read
         X = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True).to(dtype)
@@ -74,22 +64,21 @@ class ChunkedDelta(torch.autograd.Function):
         ended = _scaled(to_end, k)
         writes = bmm(ended.mT, U).to(wide)  # (B, C, H, K, P)
         S = writes.new_zeros(writes[:, 0].shape) if state is None else state.to(wide)
-        Z = states = reads = G = None
+        Z = states = reads = R = None
         W = U
         if state is not None or C > 1:
             Z = bmm(X, _scaled(beta * from_start, k))
-            G = bmm(ended.mT, Z).to(wide).neg_()  # (B, C, H, K, K)
-            G.diagonal(dim1=-2, dim2=-1).add_(carry)
+            R = bmm(ended.mT, Z).to(wide).neg_()  # (B, C, H, K, K)
+            R.diagonal(dim1=-2, dim2=-1).add_(carry)
             states = torch.empty_like(writes, dtype=dtype)
-            S = _recur(S, G, writes, states)
-            W = _less(U, Z, states)
+            S = _recur(S, R, writes, states)
+            W = _less_product(U, Z, states)
             reads = _scaled(from_start, q)
-            y = _plus(bmm(M, W), reads, states)
+            y = _add_product_(bmm(M, W), reads, states)
         else:
-            S = S + writes[:, 0]
-            y = bmm(M, W)
+            S, y = writes[:, 0], bmm(M, W)
         ctx.save_for_backward(
-            *(v, k, q, beta, from_start, to_end, carry, decay, overlap.to(dtype), M, X, W, Z, G, states, reads, ended)
+            *(v, k, q, beta, from_start, to_end, carry, decay, overlap.to(dtype), M, X, W, Z, R, states, reads, ended)
         )
         ctx.set_materialize_grads(False)
         return y.transpose(2, 3).reshape(B, C * T, H, -1), S
@@ -98,7 +87,7 @@ class ChunkedDelta(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad_y: Tensor | None, grad_S: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        v, k, q, beta, from_start, to_end, carry, decay, overlap, M, X, W, Z, G, states, reads, ended = (
+        v, k, q, beta, from_start, to_end, carry, decay, overlap, M, X, W, Z, R, states, reads, ended = (
             ctx.saved_tensors
         )
         B, C, H, T, P = v.shape
@@ -110,9 +99,9 @@ class ChunkedDelta(torch.autograd.Function):
         if states is None:
             dS.copy_(running.unsqueeze(1))
         else:
-            into = _less(bmm(reads.mT, dy), Z.mT, dW).to(wide)
-            running = _recur(running, G.mT, into, dS, backwards=True)
-        dW = _plus(dW, ended, dS)
+            into = _less_product(bmm(reads.mT, dy), Z.mT, dW).to(wide)
+            running = _recur(running, R.mT, into, dS, backwards=True)
+        dW = _add_product_(dW, ended, dS)
         dv = bmm(X.mT, dW)  # V̄
 
         d_scores = bmm(dv, W.mT).neg_().tril_(-1)  # dA
@@ -125,10 +114,10 @@ class ChunkedDelta(torch.autograd.Function):
         at.addcmul_(d_reads, M)
         d_cum = at.sum(-1, dtype=wide) - at.sum(-2, dtype=wide)
         d_reads *= decay
-        G_k = k.shape[2]
-        d_scores, d_reads = _to_groups(d_scores, G_k), _to_groups(d_reads, G_k)
+        G = k.shape[2]
+        d_scores, d_reads = _to_groups(d_scores, G), _to_groups(d_reads, G)
         dq = bmm(d_reads, k)
-        dk = _plus(bmm(d_scores + d_scores.mT, k), d_reads.mT, q)
+        dk = _add_product_(bmm(d_scores + d_scores.mT, k), d_reads.mT, q)
 
         of_key = bmm(W, dS.mT)  # d(e ∘ K), and what each head adds to dK
         of_writes = (of_key * ended).sum(-1, dtype=wide)
@@ -139,14 +128,14 @@ class ChunkedDelta(torch.autograd.Function):
         if states is not None:
             d_read = bmm(dy, states.mT)
             d_cum += (d_read * reads).sum(-1, dtype=wide)
-            dq += _to_groups(_scaled(from_start, d_read), G_k)
+            dq += _to_groups(_scaled(from_start, d_read), G)
             d_erase = bmm(dv, states.mT)  # −d(βf ∘ K)
             of_erase = _of_heads(d_erase, k).sum(-1, dtype=wide) * from_start
             d_beta -= of_erase
             d_cum -= of_erase * beta
             of_key.addcmul_(d_erase, (beta * from_start).to(dtype)[..., None], value=-1)
             d_total += (states * dS).sum((-1, -2), dtype=wide)[..., None] * carry
-        dk += _to_groups(of_key, G_k)
+        dk += _to_groups(of_key, G)
         d_cum += F.pad(d_total, (T - 1, 0))
         dv *= beta.to(dtype)[..., None]
 
@@ -158,11 +147,11 @@ class ChunkedDelta(torch.autograd.Function):
         return tokens(dv, dtype), tokens(dk, of_k), tokens(dq, of_q), d_beta, d_cum, d_state, None
 
 
-def _recur(S: Tensor, G: Tensor, new: Tensor, before: Tensor, *, backwards: bool = False) -> Tensor:
-    """S (B, H, K, P) ← G_j S + new_j over the chunks j; ``before`` takes S as each chunk finds it. The last S."""
+def _recur(S: Tensor, R: Tensor, new: Tensor, before: Tensor, *, backwards: bool = False) -> Tensor:
+    """S (B, H, K, P) ← R_j S + new_j over the chunks j; ``before`` takes S as each chunk finds it. The last S."""
     S = S.flatten(0, 1)
     chunks, found = range(new.shape[1]), before.unbind(1)
-    steps = [(G_j.flatten(0, 1), W_j.flatten(0, 1)) for G_j, W_j in zip(G.unbind(1), new.unbind(1), strict=True)]
+    steps = [(R_j.flatten(0, 1), W_j.flatten(0, 1)) for R_j, W_j in zip(R.unbind(1), new.unbind(1), strict=True)]
     for j in reversed(chunks) if backwards else chunks:
         found[j].copy_(S.view_as(found[j]))
         S = torch.baddbmm(steps[j][1], steps[j][0], S)
@@ -184,12 +173,12 @@ def _to_groups(x: Tensor, G: int) -> Tensor:
     return x if x.shape[2] == G else groups(x, G).sum(3)
 
 
-def _plus(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+def _add_product_(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """x + y z of (B, C, H, ·, ·), in place of x."""
     x.flatten(0, 2).baddbmm_(y.flatten(0, 2), z.flatten(0, 2))
     return x
 
 
-def _less(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
+def _less_product(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     """x − y z of (B, C, H, ·, ·)."""
     return torch.baddbmm(x.flatten(0, 2), y.flatten(0, 2), z.flatten(0, 2), alpha=-1).view_as(x)

@@ -177,11 +177,9 @@ def delta_rule_chunked(
         erase = None if erase is None else erase.masked_fill(hidden if erase.dim() == 4 else hidden[..., 0], 0)
         log_decay = log_decay.masked_fill(hidden if by_channel else hidden[..., 0], 0)
         angle = None if angle is None else angle.masked_fill(hidden, 0)
-    proper = erase is not None and erase.dim() == 3 and angle is None and not (by_channel or hermitian)
-    if fla_backend.chosen(backend, v) or not proper:
-        k, q = to_heads(k, H), to_heads(q, H)
     if fla_backend.chosen(backend, v):
         _check_kernel(hermitian, by_channel, erase)
+        k, q = to_heads(k, H), to_heads(q, H)
         theta = None if angle is None else phases(angle, None, wide, T)
         k, q = (k, q) if theta is None else (turn_back(k, theta), turn_back(q, theta))
         if erase is None:
@@ -189,10 +187,11 @@ def delta_rule_chunked(
         else:
             y, S = fla_backend.gated_delta_rule(v, k, q, erase, log_decay, state, reset)
         return y, S if theta is None else turn_state(S, theta)
+    if erase is not None and erase.dim() == 3 and angle is None and not (by_channel or hermitian):
+        return _proper(v, k, q, erase, log_decay, state, reset, T)
     padding = -L % T
     C = (L + padding) // T
-    if proper and erase is not None:
-        return _proper(v, k, q, erase, log_decay, state, reset, T)
+    k, q = to_heads(k, H), to_heads(q, H)
     v, erase = _apply_beta(v, k, erase)
 
     def chunks(x: Tensor) -> Tensor:  # (B, L, H, ·) -> (B, C, H, T, ·)
@@ -285,9 +284,7 @@ def _proper(
     def chunks(x: Tensor) -> Tensor:  # (B, L, H) -> (B, C, H, T)
         return x.unflatten(1, (C, T)).transpose(2, 3)
 
-    document = (
-        None if reset is None else chunks(reset[..., None]).cumsum(-1)
-    )  # how many have begun in the chunk up to t
+    document = None if reset is None else chunks(reset[..., None]).cumsum(-1)  # how many have begun in the chunk
     cum = chunks(log_decay).cumsum(-1, dtype=wide)
     result = ChunkedDelta.apply(v, k, q, chunks(beta).to(wide), cum, state, document)
     assert isinstance(result, tuple)
