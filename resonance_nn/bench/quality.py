@@ -13,7 +13,9 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -223,9 +225,9 @@ def run(
 
 
 def _all_rates(options: QualityOptions) -> Iterator[Case]:
-    for i in range(max(len(options.tried(model)) for model in options.models)):
-        for model in options.models:
-            for lr in options.tried(model)[i : i + 1]:
+    for rates in zip_longest(*map(options.tried, options.models)):  # all models with one rate after the other
+        for model, lr in zip(options.models, rates, strict=True):
+            if lr is not None:
                 yield Case(options.budget.lengths[0], model, lr, 0)
 
 
@@ -290,11 +292,11 @@ def rows(options: QualityOptions, outcomes: Outcomes) -> list[Row]:
                     "length": length,
                     "lr": rate,
                     "lr_at_edge": len(options.tried(model)) > 2 and rate in (min(options.lrs), max(options.lrs)),
-                    "bits_per_byte": _finite(_mean([_bits(outcome) for outcome in group])),
+                    "bits_per_byte": _finite(fmean([_bits(outcome) for outcome in group])),
                     "share_of_tokens": tokens,
                     "share_of_seconds": seconds,
                     "parameters": group[0]["parameters"],
-                    "training_seconds": _mean([outcome["training_seconds"] for outcome in group]),
+                    "training_seconds": fmean([outcome["training_seconds"] for outcome in group]),
                     "note": NOTES.get(model, ""),
                 }
             )
@@ -306,13 +308,13 @@ def compared(values: Sequence[float], peer: Sequence[float] | None) -> Row:
     the half-widths of the 95% intervals of both."""
     differences = [] if peer is None else [a - b for a, b in zip(values, peer, strict=True)]
     return {
-        "ours": _finite(_mean(values)),
-        "peer": None if peer is None else _finite(_mean(peer)),
+        "ours": _finite(fmean(values)),
+        "peer": None if peer is None else _finite(fmean(peer)),
         "peer_name": None if peer is None else PEERS["llama"].label,
         "ratio": None,
         "values": [_finite(value) for value in values],
         "interval": confidence95(values),
-        "difference": _finite(_mean(differences)) if differences else None,
+        "difference": _finite(sum(differences) / len(differences)) if differences else None,
         "difference_interval": confidence95(differences),
     }
 
@@ -363,7 +365,7 @@ def crossing(
             return None, None
         step, seconds = reached
         shares.append((step / theirs["steps"], seconds / theirs["training_seconds"]))
-    return _mean([a for a, _ in shares]), _mean([b for _, b in shares])
+    return fmean([a for a, _ in shares]), fmean([b for _, b in shares])
 
 
 def _reached(curve: Sequence[Mapping[str, Any]], target: float) -> tuple[float, float] | None:
@@ -385,10 +387,6 @@ def _reached(curve: Sequence[Mapping[str, Any]], target: float) -> tuple[float, 
 def _bits(outcome: Mapping[str, Any]) -> float:
     bits = outcome["cells"][HELD_OUT]["bits_per_byte"]
     return math.inf if bits is None else bits
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _finite(value: float) -> float | None:
