@@ -35,7 +35,8 @@ def plot(payload: Mapping[str, Any], path: str | Path) -> None:
 
 
 def _plot_curve(axes: Any, runs: Sequence[Mapping[str, Any]], model: str, by_tokens: bool) -> list[float]:
-    """Draw the mean of some runs and their spread; the losses after a fifth of the budget."""
+    """Draw the mean of some runs and their spread; the losses to be in view: means after a fifth of the budget and the
+    least at the end."""
     curves = [[line for line in run["curve"] if line["cells"][HELD_OUT]["loss"] is not None] for run in runs]
     points = list(zip(*curves, strict=False))
     a_step = runs[0]["tokens"] / runs[0]["steps"] / 1e6
@@ -44,4 +45,4 @@ def _plot_curve(axes: Any, runs: Sequence[Mapping[str, Any]], model: str, by_tok
     x = [fmean([line["step"] * a_step if by_tokens else line["training_seconds"] / 60 for line in p]) for p in points]
     (drawn,) = axes.plot(x, means, label=model)
     axes.fill_between(x, list(map(min, losses)), list(map(max, losses)), alpha=0.2, color=drawn.get_color())
-    return means[len(means) // 5 :]
+    return [*means[len(means) // 5 :], *(min(each) for each in losses[-1:])]
