@@ -280,7 +280,7 @@ def wilson(hits: int, trials: int) -> tuple[float, float]:
 
 def plot(payload: Mapping[str, Any], path: str | Path) -> None:
     """Which keys were found: a column a length, a place a depth, a panel a model."""
-    models = payload["options"]["models"]
+    models = list(dict.fromkeys(row["model"] for row in payload["rows"]))
     with figure(path, payload, panels=len(models)) as panels:
         for axes, model in zip(panels, models, strict=True):
             of_model = [row for row in payload["rows"] if row["model"] == model]

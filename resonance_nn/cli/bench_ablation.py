@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resonance_nn.cli.bench_common import names
+from resonance_nn.cli.bench_common import names, use_threads
 from resonance_nn.cli.common import (
     DeviceOption,
     JsonOption,
@@ -45,8 +45,7 @@ def ablation(
 ) -> None:
     """Held-out loss of language models of equal size that differ in one option, on the same batches, seed by seed."""
     check_output(json_path, "--json")
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads = {threads}: must be ≥ 1")
+    use_threads(threads)
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
     from rich.table import Table
 
@@ -54,10 +53,6 @@ def ablation(
     from resonance_nn.cli.bench_learning import say_how_to_resume
     from resonance_nn.progress import TrainingInterrupted
 
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
     options = suite.AblationOptions(
         names=names(ablations),
         output_dir=Path(output_dir),

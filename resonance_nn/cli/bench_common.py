@@ -131,6 +131,17 @@ def one_dtype(precision: str) -> torch.dtype:
     return chosen
 
 
+def use_threads(threads: int | None) -> None:
+    """Of PyTorch's CPU kernels; None leaves PyTorch's own number. Raises ValueError below 1."""
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"threads = {threads}: must be ≥ 1")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
 def check_outputs(json_path: str | None, plot: str | None) -> None:
     """Refuse files that cannot be written before anything is measured."""
     check_output(json_path, "--json")

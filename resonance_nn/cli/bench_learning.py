@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resonance_nn.cli.bench_common import PlotOption, check_outputs, names, numbers
+from resonance_nn.cli.bench_common import PlotOption, check_outputs, names, numbers, use_threads
 from resonance_nn.cli.common import DeviceOption, JsonOption, console_for, stderr_console, wide_view, write_json
 
 if TYPE_CHECKING:
@@ -168,18 +168,13 @@ def sweep_of(values: Mapping[str, Any]) -> Sweep:
     """The runs that a command's arguments ask for."""
     lrs, seeds = numbers("--lrs", values["lrs"], float), numbers("--seeds", values["seeds"])
     state_sizes = numbers("--state-sizes", values["state_sizes"])
-    threads, steps, minutes = values["threads"], values["steps"], values["minutes"]
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads = {threads}: must be ≥ 1")
-    import torch
-
+    steps, minutes = values["steps"], values["minutes"]
+    use_threads(values["threads"])
     from resonance_nn.bench.contestants import Shape
     from resonance_nn.bench.learning import Plan
     from resonance_nn.bench.sweep import Sweep
     from resonance_nn.evaluation import resolve_device
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     return Sweep(
         models=names(values["models"]),
         state_sizes=state_sizes,

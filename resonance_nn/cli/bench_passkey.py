@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resonance_nn.cli.bench_common import PlotOption, SetOption, check_outputs, names, numbers
+from resonance_nn.cli.bench_common import PlotOption, SetOption, check_outputs, names, numbers, use_threads
 from resonance_nn.cli.bench_learning import (
     BatchTokens,
     Cooldown,
@@ -64,18 +64,13 @@ def passkey(
     Example: resonance bench passkey --models default,llama --plot passkey.png
     """
     check_outputs(json_path, plot)
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads = {threads}: must be ≥ 1")
+    use_threads(threads)
     trained, asked = numbers("--train-lengths", train_lengths), numbers("--lengths", lengths)
-
-    import torch
 
     from resonance_nn.bench import passkey as suite
     from resonance_nn.bench.learning import Plan
     from resonance_nn.evaluation import resolve_device
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     options = suite.PasskeyOptions(
         models=names(models),
         data=tuple(data or ["stdlib"]),

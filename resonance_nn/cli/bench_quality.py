@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from resonance_nn.cli.bench_common import PlotOption, SetOption, check_outputs, names, numbers
+from resonance_nn.cli.bench_common import PlotOption, SetOption, check_outputs, names, numbers, use_threads
 from resonance_nn.cli.bench_learning import (
     BatchTokens,
     Cooldown,
@@ -75,16 +75,13 @@ def quality(
     Example: resonance bench quality --budget XS --models default,llama --plot quality.png
     """
     check_outputs(json_path, plot)
-    if threads is not None and threads < 1:
-        raise ValueError(f"threads = {threads}: must be ≥ 1")
+    use_threads(threads)
     rates, fields = numbers("--lrs", lrs, float), config_fields(config)
     given = dict(map(_model_rate, rate or ()))
     if len(given) < len(rate or ()):
         raise ValueError(f"--rate {' '.join(rate or ())}: one for each model")
     chosen = {"tokens": tokens, "seeds": seeds, "tokens_per_batch": tokens_per_batch}
     chosen["lengths"] = None if lengths is None else numbers("--lengths", lengths)
-
-    import torch
 
     from resonance_nn.bench import quality as suite
     from resonance_nn.bench.learning import Plan
@@ -93,8 +90,6 @@ def quality(
 
     if budget not in suite.BUDGETS:
         raise ValueError(f"budget = {budget!r}: must be one of {', '.join(suite.BUDGETS)}")
-    if threads is not None:
-        torch.set_num_threads(threads)
     options = suite.QualityOptions(
         models=names(models),
         budget=replace(suite.BUDGETS[budget], **{name: value for name, value in chosen.items() if value is not None}),

@@ -54,7 +54,8 @@ class ChunkedDelta(torch.autograd.Function):
         ctx.dtypes = k.dtype, q.dtype, None if state is None else state.dtype
         v, k, q = by_group(v, C), by_group(k.to(dtype), C), by_group(q.to(dtype), C)  # (B, C, H | G, T, ·)
         from_start, to_end, carry, decay = decays(cum, cum, cum, document)
-        overlap = _of_heads(decay, bmm(k.to(wide), k.to(wide).mT))  # D ∘ K K^T: rounding it would be rounding A
+        exact = k.to(wide)
+        overlap = _of_heads(decay, bmm(exact, exact.mT))  # D ∘ K K^T: rounding it would be rounding A
         eye = torch.eye(T, dtype=wide, device=v.device).expand(B, C, H, T, T)
         A = overlap * beta[..., None]  # what stands on its diagonal is not read
         X = torch.linalg.solve_triangular(A, eye, upper=False, unitriangular=True).to(dtype)
