@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from resonance_nn import ResonanceConfig, ResonanceForCausalLM
 from resonance_nn.bench import long_text, passkey
 from resonance_nn.cli import main
-from resonance_nn.data import TokenStore, decode_bytes, find_documents
+from resonance_nn.data import decode_bytes, encode_bytes, find_documents
 from resonance_nn.data.synthetic import IGNORE
 
 
@@ -113,10 +113,9 @@ def test_longtext_command(model, tokenizer, text, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("needles", [1, 3])
-def test_passkeys_say_what_they_ask_for(tokenizer, text, tmp_path, needles):
-    store = TokenStore.build(find_documents([str(text)]), tokenizer, tmp_path / "store", progress=False)
-    length = 400
-    task = passkey.Passkeys(tokenizer, store, length, needles)
+def test_passkeys_say_what_they_ask_for(tokenizer, needles):
+    filler, length = np.array(encode_bytes(tokenizer, passkey.SENTENCES.encode())), 400
+    task = passkey.Passkeys(tokenizer, filler, length, needles)
     batch = task.draw(np.random.default_rng(0), 6)
     assert batch.input_ids.shape == batch.targets.shape == (6, length)
     for ids, targets in zip(batch.input_ids, batch.targets, strict=True):
@@ -128,15 +127,18 @@ def test_passkeys_say_what_they_ask_for(tokenizer, text, tmp_path, needles):
         assert read.count("Remember it.") == needles
         assert read.endswith(answer[:-1])
         assert (targets != IGNORE).nonzero().flatten().tolist() == list(range(length - 5, length))
+        for piece in read.split("\n"):  # what is no needle and no question is filler, read on
+            if "pass key" not in piece and piece:
+                assert piece in passkey.SENTENCES * 100
     first, last = (task.draw(np.random.default_rng(1), 1, depth).input_ids[0] for depth in (0.0, 1.0))
     begin = decode_bytes(tokenizer, first.tolist()).decode()
     assert begin.startswith("\nThe pass key")
     end = decode_bytes(tokenizer, last.tolist()).decode()
     assert end.split("Remember it.\n")[-1].startswith("\nWhat is the pass key")
     with pytest.raises(ValueError, match="20 is too short"):
-        passkey.Passkeys(tokenizer, store, 20)
+        passkey.Passkeys(tokenizer, filler, 20)
     with pytest.raises(ValueError, match="needles = 27"):
-        passkey.Passkeys(tokenizer, store, length, 27)
+        passkey.Passkeys(tokenizer, filler, length, 27)
 
 
 class Oracle(torch.nn.Module):
@@ -160,20 +162,54 @@ class Oracle(torch.nn.Module):
         return SimpleNamespace(last_hidden_state=hidden)
 
 
-def test_a_key_counts_if_all_its_digits_are_right(tokenizer, text, tmp_path):
-    store = TokenStore.build(find_documents([str(text)]), tokenizer, tmp_path / "store", progress=False)
-    one = passkey.Passkeys(tokenizer, store, 100)
+def test_a_key_counts_if_all_its_digits_are_right(tokenizer):
+    one = passkey.Passkeys(tokenizer, np.array(encode_bytes(tokenizer, b" some filler")), 100)
     found = passkey.which_are_found(Oracle(one, wrong=2), one, 8, np.random.default_rng(0))
     assert found == [False, False, *[True] * 6]
-    task = passkey.PasskeyTask((one,), one, 400, 8)
+    task = passkey.PasskeyTask((one,), one, 400, 8, 10)
     assert task.measure(Oracle(one, wrong=2), "100", np.random.default_rng(0), 0) == {"accuracy": 6 / 8}
     low, high = passkey.wilson(6, 8)
     assert low < 0.75 < high
     assert passkey.wilson(40, 40)[0] == pytest.approx(0.912, abs=1e-3)
 
 
-def test_passkey_command(text, tmp_path, capsys):
+def test_short_sequences_come_first_and_long_ones_last(tokenizer):
+    filler = np.array(encode_bytes(tokenizer, b" some filler"))
+    train = tuple(passkey.Passkeys(tokenizer, filler, length) for length in (100, 200, 400))
+    task, rng = passkey.PasskeyTask(train, train[-1], 400, 8, 10), np.random.default_rng(0)
+    shares = {
+        step: [lengths.count(n) / 300 for n in (100, 200, 400)]
+        for step in (0, 5, 10)
+        if (lengths := [task.training_batch(rng, 400, step).input_ids.shape[1] for _ in range(300)])
+    }
+    assert shares[0] == pytest.approx([4 / 7, 2 / 7, 1 / 7], abs=0.1)
+    assert shares[5] == pytest.approx([1 / 3] * 3, abs=0.1)
+    assert shares[10] == pytest.approx([1 / 7, 2 / 7, 4 / 7], abs=0.1)
+
+
+def test_fillers_of_a_suite(tokenizer, text, tmp_path):
+    documents = find_documents([str(text)])
+
+    def fillers(name):
+        options = passkey.PasskeyOptions(filler=name, output_dir=tmp_path / "runs", vocab_size=400)
+        options.check()
+        return passkey._fillers(options, documents, tokenizer)
+
+    train, held_out, source = fillers("text")
+    assert len(train) > len(held_out) > 0
+    assert "line" in decode_bytes(tokenizer, held_out.tolist()).decode()
+    same, again, other = fillers("sentences")
+    assert decode_bytes(tokenizer, same.tolist()).decode() == passkey.SENTENCES
+    assert same is again
+    assert other != source
+    with pytest.raises(ValueError, match="filler = 'x': must be sentences or text"):
+        fillers("x")
+
+
+@pytest.mark.parametrize("filler", passkey.FILLERS)
+def test_passkey_command(text, tmp_path, capsys, filler):
     arguments = ["bench", "passkey", "--data", str(text), "--models", "default,llama", "--train-lengths", "96,128"]
+    arguments += ["--filler", filler]
     arguments += ["--lengths", "128,256", "--peer-max-length", "128", "--steps", "4", "--eval-every", "2"]
     arguments += ["--sequences", "3", "--hidden-size", "64", "--layers", "1", "--vocab-size", "300"]
     arguments += [

@@ -54,9 +54,9 @@ FLAGS = {
     "--plot",
     "bench longtext": "--data --held-out --contexts --reference --score --windows --chunk --batch-size --precision "
     "--device --json --plot",
-    "bench passkey": "--models --data --train-lengths --lengths --peer-max-length --needles --sequences --hidden-size "
-    "--layers --vocab-size --steps --lr --optimizer --seed --cooldown --weight-decay --tokens-per-batch --eval-every "
-    "--target --set --dtype --threads --device --output-dir --resume --overwrite --json --plot",
+    "bench passkey": "--models --data --filler --train-lengths --lengths --peer-max-length --needles --sequences "
+    "--hidden-size --layers --vocab-size --steps --lr --optimizer --seed --cooldown --weight-decay --tokens-per-batch "
+    "--eval-every --target --set --dtype --threads --device --output-dir --resume --overwrite --json --plot",
     "bench quality": "--models --budget --data --text --pairs --lengths --tokens --seeds --lrs --rate --optimizer "
     "--cooldown --weight-decay --tokens-per-batch --set --dtype --threads --device --output-dir --resume --overwrite "
     "--json --plot",

@@ -23,27 +23,30 @@ from resonance_nn.bench.quality import RECIPES, Budget, Case, QualityOptions, bu
 from resonance_nn.bench.tasks import answer_loss, answers
 from resonance_nn.bench.text import text_task, text_tokenizer
 from resonance_nn.bench.zero_shot import Measurement, figures
-from resonance_nn.data import TokenStore, encode_bytes, find_documents
+from resonance_nn.data import Documents, encode_bytes, find_documents
 from resonance_nn.data.synthetic import IGNORE, Batch
 from resonance_nn.evaluation import resolve_device, row
 
 DIGITS = 5  # of a key
 NAMES = string.ascii_uppercase
 TOKENS_AT_ONCE = 1 << 14  # of a forward pass in evaluation, or one sequence
+FILLERS = ("sentences", "text")
+SENTENCES = " The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 
 
 @dataclass(frozen=True)
 class Passkeys:
-    """Sequences of text with sentences that tell keys of five digits, and a question at the end (Mohtashami & Jaggi
+    """Sequences of filler with sentences that tell keys of five digits, and a question at the end (Mohtashami & Jaggi
     2023). With one needle it is "the pass key"; with more each has a letter for a name, and one is asked for.
 
-        … text … The pass key of B is 52901. Remember it. … text … What is the pass key of B? The pass key of B is 52901
+        … The pass key of B is 52901. Remember it. … filler … What is the pass key of B? The pass key of B is 52901
 
     Every digit is a token. A digit is asked for after those before it; the sequence ends before the last one.
+    ``filler`` are token ids, read from any place on and over again where they end.
     """
 
     tokenizer: PreTrainedTokenizerBase
-    text: TokenStore
+    filler: np.ndarray
     length: int
     needles: int = 1
 
@@ -73,7 +76,7 @@ class Passkeys:
         return [*tell, *key, *end], [*ask, *key[:-1]]
 
     def draw(self, rng: Generator, sequences: int, depth: float | None = None) -> Batch:
-        """``depth`` is where the needle that is asked for stands, as a share of the text; None is anywhere."""
+        """``depth`` is where the needle that is asked for stands, as a share of the filler; None is anywhere."""
         drawn = [self._one(rng, depth) for _ in range(sequences)]
         return Batch(*(torch.from_numpy(np.stack(each)) for each in zip(*drawn, strict=True)))
 
@@ -86,8 +89,8 @@ class Passkeys:
         at = rng.integers(room + 1, size=self.needles)
         if depth is not None:
             at[0] = round(depth * room)
-        start = rng.integers(self.text.num_tokens)
-        text = np.take(np.asarray(self.text.tokens), np.arange(start, start + room), mode="wrap").astype(np.int64)
+        start = rng.integers(len(self.filler))
+        text = np.take(self.filler, np.arange(start, start + room), mode="wrap").astype(np.int64)
         pieces, last = [], 0
         for i in np.argsort(at, kind="stable"):
             pieces += [text[last : at[i]], parts[i][0]]
@@ -100,12 +103,15 @@ class Passkeys:
 
 @dataclass(frozen=True)
 class PasskeyTask:
-    """Trained at the lengths of ``train``, in shares ∝ 1/length; the longest of them is watched."""
+    """Trained at the lengths of ``train``: short ones show the task first, long ones then ask for it to hold. Batches
+    of one length are drawn with shares ∝ 1/length in the first of ``steps`` steps, ∝ length in the last, and
+    ∝ length^(2·step/steps − 1) between. The longest is watched."""
 
     train: tuple[Passkeys, ...]
     watch: Passkeys
     vocab_size: int
     sequences: int
+    steps: int
 
     @property
     def cells(self) -> Mapping[str, Passkeys]:
@@ -116,7 +122,7 @@ class PasskeyTask:
         return list(self.cells)
 
     def training_batch(self, rng: Generator, tokens: int, step: int) -> Batch:
-        shares = np.array([1 / one.length for one in self.train])
+        shares = np.array([one.length ** (2 * step / self.steps - 1) for one in self.train])
         one = self.train[rng.choice(len(self.train), p=shares / shares.sum())]
         return one.draw(rng, max(1, tokens // one.length))
 
@@ -153,6 +159,7 @@ class PasskeyOptions:
 
     models: tuple[str, ...] = ("default",)
     data: tuple[str, ...] = ("stdlib",)
+    filler: str = "sentences"
     output_dir: Path = Path("runs/bench-passkey")
     train_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
     lengths: tuple[int, ...] = (2048, 4096, 16_384, 65_536, 262_144)
@@ -171,6 +178,8 @@ class PasskeyOptions:
             values = list(getattr(self, name))
             if not values or sorted(set(values)) != values:
                 raise ValueError(f"{name} = {values}: must be ascending, each once")
+        if self.filler not in FILLERS:
+            raise ValueError(f"filler = {self.filler!r}: must be {' or '.join(FILLERS)}")
         if self.sequences < 2:
             raise ValueError(f"sequences = {self.sequences}: must be ≥ 2")
         self.plan.check()
@@ -199,15 +208,15 @@ def run(
     plan, folder = options.plan, options.output_dir
     documents = find_documents(list(options.data), leave_out=folder)
     tokenizer = text_tokenizer(documents, options.vocab_size)
-    text = text_task(documents, folder / "data", 2, options.vocab_size, tokenizer)
+    train, held_out, source = _fillers(options, documents, tokenizer)
 
-    def passkeys(length: int, store: TokenStore) -> Passkeys:
-        return Passkeys(tokenizer, store, length, options.needles)
+    def passkeys(length: int, filler: np.ndarray) -> Passkeys:
+        return Passkeys(tokenizer, filler, length, options.needles)
 
-    trained = tuple(passkeys(length, text.train) for length in options.train_lengths)
-    watch = passkeys(options.train_lengths[-1], text.held_out)
-    task = PasskeyTask(trained, watch, options.vocab_size, options.sequences)
-    asked = [_asked(passkeys(length, text.held_out), options.sequences) for length in options.lengths]
+    trained = tuple(passkeys(length, train) for length in options.train_lengths)
+    watch = passkeys(options.train_lengths[-1], held_out)
+    task = PasskeyTask(trained, watch, options.vocab_size, options.sequences, plan.steps or 1)
+    asked = [_asked(passkeys(length, held_out), source, options.sequences) for length in options.lengths]
     cases = [Trained(model, plan.lr, plan.seed) for model in options.models]
     settings = {case: _settings(options, case) for case in cases}
     prepare(folder, {c.model: described(settings[c], plan) for c in cases}, resume=resume, overwrite=overwrite)
@@ -248,8 +257,19 @@ class Trained:
         return build(quality, Case(quality.budget.lengths[0], self.model, self.lr, self.seed))
 
 
-def _asked(task: Passkeys, sequences: int) -> Measurement:
-    key = f"{task.text.fingerprint} {task.length} {task.needles} {sequences}"
+def _fillers(
+    options: PasskeyOptions, documents: Documents, tokenizer: PreTrainedTokenizerBase
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """The tokens around needles in training and held-out sequences, and what tells the latter from others."""
+    if options.filler == "sentences":
+        tokens = np.array(encode_bytes(tokenizer, SENTENCES.encode()))
+        return tokens, tokens, f"sentences {tokens.tolist()}"
+    text = text_task(documents, options.output_dir / "data", 2, options.vocab_size, tokenizer)
+    return np.asarray(text.train.tokens), np.asarray(text.held_out.tokens), text.held_out.fingerprint
+
+
+def _asked(task: Passkeys, source: str, sequences: int) -> Measurement:
+    key = f"{source} {task.length} {task.needles} {sequences}"
     return Measurement(
         str(task.length), key, lambda model, _: which_are_found(model, task, sequences, np.random.default_rng(1))
     )
@@ -257,7 +277,7 @@ def _asked(task: Passkeys, sequences: int) -> Measurement:
 
 def _settings(options: PasskeyOptions, case: Trained) -> dict[str, Any]:
     """What a run depends on beside its plan."""
-    names = ("data", "train_lengths", "peer_max_length", "needles", "sequences", "hidden_size", "layers")
+    names = ("data", "filler", "train_lengths", "peer_max_length", "needles", "sequences", "hidden_size", "layers")
     chosen = {name: getattr(options, name) for name in names}
     return {**chosen, "model": case.model, "vocab_size": options.vocab_size, "fields": dict(options.fields)}
 

@@ -28,8 +28,11 @@ def passkey(
     models: Annotated[str, typer.Option(help="By commas, as of `bench quality`.")] = "default",
     data: Annotated[
         list[str] | None,
-        typer.Option(help="The text around keys: file, folder, glob or stdlib; repeats.", show_default="stdlib"),
+        typer.Option(help="Of the tokenizer and --filler text: file, folder, glob or stdlib.", show_default="stdlib"),
     ] = None,
+    filler: Annotated[
+        str, typer.Option(help="Around keys: sentences (the same five over and over) or text.")
+    ] = "sentences",
     train_lengths: Annotated[str, typer.Option(help="Of training sequences, by commas.")] = "64,128,256,512,1024,2048",
     lengths: Annotated[
         str, typer.Option(help="Of sequences to be asked at, by commas.")
@@ -74,6 +77,7 @@ def passkey(
     options = suite.PasskeyOptions(
         models=names(models),
         data=tuple(data or ["stdlib"]),
+        filler=filler,
         output_dir=Path(output_dir),
         train_lengths=trained,
         lengths=asked,
@@ -122,7 +126,7 @@ def _show(payload: Mapping[str, Any], json_path: str | None) -> None:
     options = payload["options"]
     sentences = "one key" if options["needles"] == 1 else f"{options['needles']} keys, one asked for"
     trained = f"{options['train_lengths'][0]:,} to {options['train_lengths'][-1]:,}"
-    view = Table("case", title=f"{sentences}; trained at {trained} tokens", highlight=False)
+    view = Table("case", title=f"{sentences}, in {options['filler']}; trained at {trained} tokens", highlight=False)
     for heading in ("keys found", "95%", "of", "parameters", "steps", "minutes"):
         view.add_column(heading, justify="right")
     for row in payload["rows"]:
