@@ -1,7 +1,7 @@
 """Attention-free sequence models: pip install, any device PyTorch runs on, claims that are measurements."""
 
 from resonance_nn.cache import ResonanceCache
-from resonance_nn.config import SIZES, ResonanceConfig
+from resonance_nn.config import RECIPES, SIZES, ResonanceConfig
 from resonance_nn.mixers import MIXERS
 from resonance_nn.models import ResonanceForCausalLM, ResonanceModel, load_mamba2_layer, mamba2_config
 from resonance_nn.packing import pack_weights
@@ -10,6 +10,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "MIXERS",
+    "RECIPES",
     "SIZES",
     "ResonanceCache",
     "ResonanceConfig",

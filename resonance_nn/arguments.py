@@ -34,6 +34,7 @@ class TrainArguments:
     binary: bool = False
 
     size: str | None = None  # None: "tiny"
+    recipe: str | None = None  # of resonance_nn.config.RECIPES; None: "default"
     mixers: Sequence[str] | None = None  # None: the config's default
     vocab_size: int | None = None  # of the tokenizer to train; None: 8192
     tokenizer: str | None = None  # a folder with a tokenizer to use instead
@@ -116,7 +117,7 @@ class TrainArguments:
         if self.tokenizer is not None and self.vocab_size is not None:
             raise ValueError("tokenizer and vocab_size: a given tokenizer has its size; leave vocab_size out")
         if self.init:
-            given = [n for n in ("size", "mixers", "vocab_size", "tokenizer", "config") if getattr(self, n)]
+            given = [n for n in ("size", "recipe", "mixers", "vocab_size", "tokenizer", "config") if getattr(self, n)]
             if given:
                 raise ValueError(f"init and {', '.join(given)}: the model brings its own; leave {given[0]} out")
         if self.log_to not in LOGGERS:
@@ -134,7 +135,11 @@ class TrainArguments:
             raise ValueError(f"config: {twice[0]} has an argument of its own; use that")
         given = {name: value for name, value in given.items() if value is not None}
         return ResonanceConfig.from_size(
-            self.size or "tiny", vocab_size=8192 if self.vocab_size is None else self.vocab_size, **given, **self.config
+            self.size or "tiny",
+            recipe=self.recipe or "default",
+            vocab_size=8192 if self.vocab_size is None else self.vocab_size,
+            **given,
+            **self.config,
         )
 
     def training_fields(self) -> dict[str, float | None]:

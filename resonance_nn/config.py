@@ -19,6 +19,10 @@ SIZES: dict[str, dict[str, int]] = {
     "large": {"hidden_size": 1536, "num_hidden_layers": 32},
     "xlarge": {"hidden_size": 2048, "num_hidden_layers": 40},
 }
+RECIPES: dict[str, dict[str, Any]] = {  # named settings, each measured: docs/results.md says for what
+    "default": {},
+    "memory": {"mixers": ("holographic",), "decay": "none"},  # forgets nothing but what it overwrites
+}
 FORMAT_VERSION = 3
 DERIVED: Any = None  # a field left out: __post_init__ derives it from the width
 CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
@@ -208,14 +212,16 @@ class ResonanceConfig(PreTrainedConfig):
         super().__post_init__(**kwargs)
 
     @classmethod
-    def from_size(cls, name: str, **overrides: Any) -> ResonanceConfig:
-        """A named size with any fields overridden; what is left out is derived from the overridden width."""
+    def from_size(cls, name: str, *, recipe: str = "default", **overrides: Any) -> ResonanceConfig:
+        """A named size and recipe with any fields overridden; what is left out is derived from the overridden width."""
         if name not in SIZES:
             raise ValueError(f"size = {name!r}: must be one of {', '.join(SIZES)}")
+        if recipe not in RECIPES:
+            raise ValueError(f"recipe = {recipe!r}: must be one of {', '.join(RECIPES)}")
         unknown = set(overrides) - set(cls.__dataclass_fields__) - set(cls.attribute_map)
         if unknown:
             raise ValueError(f"{', '.join(sorted(unknown))}: no such field of ResonanceConfig")
-        return cls(**{**SIZES[name], **overrides})
+        return cls(**{**SIZES[name], **RECIPES[recipe], **overrides})
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:

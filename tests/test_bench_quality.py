@@ -38,7 +38,7 @@ def folder(tmp_path):
 def test_all_models_of_a_budget_have_equal_parameters(budget: str):
     options = QualityOptions(budget=quality.BUDGETS[budget])
     with torch.device("meta"):
-        sizes = {model: count(ResonanceForCausalLM(options.config(model))) for model in quality.RECIPES}
+        sizes = {model: count(ResonanceForCausalLM(options.config(model))) for model in quality.OURS}
     ours = options.config("default")
     for name in ("llama", "mamba2", "gated_delta"):
         sizes[name] = count(build_peer(name, ours, sizes["default"], 512)[0])
@@ -251,7 +251,7 @@ def test_a_given_rate_is_not_tuned(folder, capsys):
 
 def test_muon_and_other_recipes_train(folder):
     options = QualityOptions(
-        models=tuple(quality.RECIPES),
+        models=tuple(quality.OURS),
         budget=replace(TINY, seeds=1),
         data=(str(folder / "text"),),
         output_dir=folder / "runs",
@@ -259,7 +259,7 @@ def test_muon_and_other_recipes_train(folder):
         plan=replace(QualityOptions().plan, optimizer="muon"),
     )
     payload = quality.run(options)
-    assert [row["model"] for row in payload["rows"]] == list(quality.RECIPES)
+    assert [row["model"] for row in payload["rows"]] == list(quality.OURS)
     assert all(row["ours"] < math.log(300) for row in payload["rows"])
 
 

@@ -31,16 +31,16 @@ COMMON_MODELS = "--size --hidden-size --layers --vocab-size --mixers --set --dty
 COMMON_TIMING = "--repeats --floor --no-floor --compile --allocator --max-seconds"
 FLAGS = {
     "": "--version",
-    "train": "--data --output-dir --eval-data --text-field --binary --size --mixers --vocab-size --tokenizer --init "
-    "--set --dropout --label-smoothing --z-loss --steps --epochs --tokens --seq-len --batch-size --accumulate --lr "
-    "--warmup --optimizer --weight-decay --clip --precision --gradient-checkpointing --compile --seed --device "
+    "train": "--data --output-dir --eval-data --text-field --binary --size --recipe --mixers --vocab-size --tokenizer "
+    "--init --set --dropout --label-smoothing --z-loss --steps --epochs --tokens --seq-len --batch-size --accumulate "
+    "--lr --warmup --optimizer --weight-decay --clip --precision --gradient-checkpointing --compile --seed --device "
     "--save-every --keep --eval-every --log-to --resume --overwrite --json",
     "eval": "--data --pairs --window --batch-size --precision --device --text-field --binary --held-out --lzma "
     "--no-lzma --json",
     "generate": f"--prompt --prompt-file --batch --max-new-tokens --stop {COMMON_SAMPLING} --num-beams "
     "--num-return-sequences --save-state --load-state --stream --no-stream --precision --device --json",
     "chat": f"--system --max-new-tokens {COMMON_SAMPLING} --precision --device",
-    "models": "--vocab-size --mixers --json",
+    "models": "--vocab-size --recipe --mixers --json",
     "bench": "",
     "bench ablation": "--ablations --data --tokens --seeds --hidden-size --layers --vocab-size --seq-len --lr "
     "--threads --device --output-dir --resume --overwrite --json",

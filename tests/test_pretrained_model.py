@@ -13,7 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from resonance_nn import ResonanceCache, ResonanceConfig, ResonanceForCausalLM, ResonanceModel
+from resonance_nn import RECIPES, ResonanceCache, ResonanceConfig, ResonanceForCausalLM, ResonanceModel
+from resonance_nn.bench.models import check_causal
 from resonance_nn.config import FORMAT_VERSION
 from resonance_nn.mixers import MIXERS
 
@@ -82,6 +83,18 @@ def test_config_errors(fields: dict, message: str):
         ResonanceConfig.from_size("huge")
     with pytest.raises(ValueError, match="no such field"):
         ResonanceConfig.from_size("tiny", hiden_size=3)
+    with pytest.raises(ValueError, match="recipe = 'best': must be one of default"):
+        ResonanceConfig.from_size("tiny", recipe="best")
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_recipes(recipe: str):
+    config = ResonanceConfig.from_size("tiny", recipe=recipe, num_hidden_layers=2, hidden_size=32, num_heads=2)
+    assert {name: getattr(config, name) for name in RECIPES[recipe]} == RECIPES[recipe]
+    assert config.num_hidden_layers == 2
+    check_causal(ResonanceForCausalLM(config), config.vocab_size)
+    if recipe == "default":
+        assert config.to_dict() == ResonanceConfig(num_hidden_layers=2, hidden_size=32, num_heads=2).to_dict()
 
 
 def test_config_derives_from_the_overridden_width():

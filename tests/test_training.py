@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from resonance_nn import ResonanceConfig, ResonanceForCausalLM
+from resonance_nn import RECIPES, ResonanceConfig, ResonanceForCausalLM
 from resonance_nn import training as training_module
 from resonance_nn.loading import load_model
 from resonance_nn.progress import ProgressCallback
@@ -188,12 +188,24 @@ def test_init_goes_on_with_a_model(arguments, tmp_path):
     assert model.model.backbone.blocks[0].dropout == 0.2
     assert model.config.hidden_size == old.config.hidden_size
     assert tokenizer.get_vocab() == old_tokenizer.get_vocab()
-    for conflict in ({"size": "tiny"}, {"mixers": ("attention",)}, {"vocab_size": 300}, {"config": {"conv_size": 2}}):
+    for conflict in (
+        {"size": "tiny"},
+        {"recipe": "memory"},
+        {"mixers": ("attention",)},
+        {"vocab_size": 300},
+        {"config": {"conv_size": 2}},
+    ):
         with pytest.raises(ValueError, match=f"init and {next(iter(conflict))}"):
             train(replace(second, output_dir=tmp_path / "third", **conflict))
     with pytest.raises(ValueError, match=r"dropout = 1\.5"):
         train(replace(second, output_dir=tmp_path / "third", dropout=1.5))
     assert not (tmp_path / "third").exists()
+
+
+def test_a_recipe_is_trained_as_named(arguments):
+    train(replace(arguments, steps=1, recipe="memory"))
+    config = load_model(str(arguments.output_dir))[0].config
+    assert {name: getattr(config, name) for name in RECIPES["memory"]} == RECIPES["memory"]
 
 
 def test_given_tokenizer_checkpointing_and_tensorboard(arguments, tmp_path):
@@ -254,6 +266,7 @@ def test_full_disk_leaves_the_last_whole_checkpoint(arguments, monkeypatch):
         ({"config": {"vocab_size": 1}}, "vocab_size has an argument of its own"),
         ({"config": {"conv_size": "wide"}}, "conv_size"),
         ({"size": "huge"}, "size = 'huge'"),
+        ({"recipe": "best"}, "recipe = 'best': must be one of default"),
         ({"vocab_size": 100}, "vocab_size = 100"),
         ({"vocab_size": 0}, "vocab_size = 0"),
         ({"data": [""]}, "is empty"),

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from resonance_nn.bench.accelerated import accelerated_delta_rule
 from resonance_nn.bench.common import Row, figure, result
 from resonance_nn.bench.learning import Plan, described, learn, prepare
-from resonance_nn.bench.quality import RECIPES, Budget, Case, QualityOptions, build
+from resonance_nn.bench.quality import OURS, Budget, Case, QualityOptions, build
 from resonance_nn.bench.tasks import answer_loss, answers
 from resonance_nn.bench.text import text_task, text_tokenizer
 from resonance_nn.bench.zero_shot import Measurement, figures
@@ -157,7 +157,7 @@ def which_are_found(model: Any, task: Passkeys, sequences: int, rng: Generator) 
 class PasskeyOptions:
     """What to train, at which lengths, and where to ask. ``fields`` are of our configuration."""
 
-    models: tuple[str, ...] = ("default",)
+    models: tuple[str, ...] = ("memory",)
     data: tuple[str, ...] = ("stdlib",)
     filler: str = "sentences"
     output_dir: Path = Path("runs/bench-passkey")
@@ -232,7 +232,7 @@ def run(
                 resume=True,
                 report=lambda spent, line, i=i, case=case: progress(i, len(cases), case, spent, line),
             )
-            longest = math.inf if case.model in RECIPES else options.peer_max_length
+            longest = math.inf if case.model in OURS else options.peer_max_length
             wanted = [one for one, length in zip(asked, options.lengths, strict=True) if length <= longest]
             found = figures(folder / case.model, partial(case.build, options), wanted, 0, plan)
             made += [_row(case.model, int(length), which, outcome) for length, which in found.items()]

@@ -29,16 +29,16 @@ from resonance_nn.bench.models import sized
 from resonance_nn.bench.peers import PEERS, build_peer, count
 from resonance_nn.bench.text import HELD_OUT, TextTask, text_task, text_tokenizer
 from resonance_nn.bench.zero_shot import Measurement, figures, measurements
-from resonance_nn.config import ResonanceConfig
+from resonance_nn.config import RECIPES, ResonanceConfig
 from resonance_nn.data import find_documents
 from resonance_nn.evaluation import resolve_device
 from resonance_nn.models import ResonanceForCausalLM
 
-OURS = "default"
+DEFAULT = "default"
 LOSS = "held-out loss, nats a token"
 WARMUP = 0.05  # of the steps
-RECIPES: dict[str, dict[str, Any]] = {  # fields of ours; the MLP's width makes parameters equal to the default's
-    OURS: {},
+OURS: dict[str, dict[str, Any]] = {  # fields of ours; the MLP's width makes parameters equal to the default's
+    **RECIPES,
     "complex_ssd": {"rotation": "step", "trapezoidal": True, "activate_values": True},
     "erase_write": {"mixers": ("holographic",), "key_groups": None, "decay": "channel", "erase": "gated"},
 }
@@ -48,7 +48,7 @@ NOTES = {
     "complex_ssd": "as Mamba-3: turning modes, the trapezoidal rule; our backbone",
     "erase_write": "as Gated DeltaNet-2: a decay a key channel, gates to erase and to write; our backbone",
 }
-MODELS = (*RECIPES, *(name for name in PEERS if name not in RECIPES))
+MODELS = (*OURS, *(name for name in PEERS if name not in OURS))
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class QualityOptions:
     """What to run. ``fields`` are added to those of our default, for a recipe under test; the finished models are
     judged on ``texts`` and ``pairs`` too. A model of ``rates`` is trained with that rate, others are tuned."""
 
-    models: tuple[str, ...] = (OURS, "llama", "mamba2", "gated_delta")
+    models: tuple[str, ...] = (DEFAULT, "llama", "mamba2", "gated_delta")
     budget: Budget = BUDGETS["S"]
     data: tuple[str, ...] = ("stdlib",)
     output_dir: Path = Path("runs/bench-quality")
@@ -136,7 +136,7 @@ class QualityOptions:
         budget = self.budget
         common = {"vocab_size": budget.vocab_size, "hidden_size": budget.hidden_size}
         common |= {"num_hidden_layers": budget.layers}
-        return sized({**common, **self.fields}, RECIPES[model], RECIPES[OURS])
+        return sized({**common, **self.fields}, OURS[model], OURS[DEFAULT])
 
 
 @dataclass(frozen=True, order=True)
@@ -162,9 +162,9 @@ Outcomes = Mapping[Case, Mapping[str, Any]]
 
 def build(options: QualityOptions, case: Case) -> PreTrainedModel:
     """The model of a run, from the global seed."""
-    if case.model in RECIPES:
+    if case.model in OURS:
         return ResonanceForCausalLM(options.config(case.model))
-    reference = options.config(OURS)
+    reference = options.config(DEFAULT)
     with torch.device("meta"):
         parameters = count(ResonanceForCausalLM(reference))
     return accelerate(build_peer(case.model, reference, parameters, case.length)[0])
@@ -261,7 +261,7 @@ def final_loss(outcome: Mapping[str, Any]) -> float:
 
 def _settings(options: QualityOptions, case: Case) -> dict[str, Any]:
     """What a run depends on beside its plan. A peer's shape follows from the default's."""
-    config = options.config(case.model if case.model in RECIPES else OURS)
+    config = options.config(case.model if case.model in OURS else DEFAULT)
     fields = {name: getattr(config, name) for name in sorted(ResonanceConfig.own_fields())}
     return {"data": list(options.data), "length": case.length, "model": case.model, "config": fields}
 

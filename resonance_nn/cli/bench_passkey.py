@@ -25,7 +25,7 @@ from resonance_nn.cli.common import DeviceOption, JsonOption, config_fields, con
 
 
 def passkey(
-    models: Annotated[str, typer.Option(help="By commas, as of `bench quality`.")] = "default",
+    models: Annotated[str, typer.Option(help="By commas, as of `bench quality`.")] = "memory",
     data: Annotated[
         list[str] | None,
         typer.Option(help="Of the tokenizer and --filler text: file, folder, glob or stdlib.", show_default="stdlib"),
@@ -64,7 +64,7 @@ def passkey(
 ) -> None:
     """Train on short texts with a key of five digits in them, ask for it after texts of up to 262,144 tokens.
 
-    Example: resonance bench passkey --models default,llama --plot passkey.png
+    Example: resonance bench passkey --models memory,llama --plot passkey.png
     """
     check_outputs(json_path, plot)
     use_threads(threads)

@@ -16,6 +16,7 @@ CONTEXTS = {"1k": 1024, "1m": 1 << 20}
 
 def models(
     vocab_size: Annotated[int, typer.Option("--vocab-size", help="Tokens of the vocabulary.")] = 32_768,
+    recipe: Annotated[str, typer.Option("--recipe", help="A named setting: default or memory.")] = "default",
     mixers: Annotated[
         str | None, typer.Option("--mixers", help="Mixers, separated by commas, tiled over the layers.")
     ] = None,
@@ -28,7 +29,7 @@ def models(
     from resonance_nn.config import SIZES
     from resonance_nn.machine import machine_info, versions
 
-    overrides: dict[str, Any] = {"vocab_size": vocab_size}
+    overrides: dict[str, Any] = {"vocab_size": vocab_size, "recipe": recipe}
     if mixers is not None:
         overrides["mixers"] = tuple(name.strip() for name in mixers.split(","))
     rows = [describe_size(name, overrides) for name in SIZES]

@@ -29,6 +29,9 @@ def train(
         str | None,
         typer.Option(help="tiny, small, base, medium, large or xlarge. Default: tiny.", rich_help_panel=MODEL),
     ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="default or memory, see docs/results.md.", rich_help_panel=MODEL)
+    ] = None,
     mixers: Annotated[
         str | None, typer.Option(help="Comma-separated, repeated over the layers.", rich_help_panel=MODEL)
     ] = None,
@@ -118,6 +121,7 @@ def train(
         text_field=text_field,
         binary=binary,
         size=size,
+        recipe=recipe,
         mixers=None if mixers is None else tuple(name.strip() for name in mixers.split(",")),
         vocab_size=vocab_size,
         tokenizer=tokenizer,
