@@ -14,7 +14,7 @@ from resonance_nn.data import SPECIAL_TOKENS
 
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 SET_BY_THE_RUN = ("bos_token_id", "eos_token_id", "pad_token_id", "format_version", "use_cache")
-OPTIMIZERS = ("adamw", "muon")
+OPTIMIZERS = {"muon": 6e-3, "adamw": 3e-3}  # and the rate each does well with at a width of 256
 LOGGERS = ("none", "tensorboard", "trackio", "wandb")
 # What may differ between a run and its resumption. Data is compared by what is in it.
 FREE = ("data", "eval_data", "output_dir", "resume", "overwrite", "keep", "save_every", "log_to", "progress")
@@ -50,9 +50,9 @@ class TrainArguments:
     seq_len: int = 512
     batch_size: int = 8  # windows a process in one forward pass
     accumulate: int = 1  # forward passes a step
-    lr: float | None = None  # None: 3e-3 · 256 / width, at most 3e-3; a tenth of it with init
+    lr: float | None = None  # None: 6e-3 of muon or 3e-3 of adamw, · 256 / width if that is less; a tenth with init
     warmup: float = 0.05  # below 1 a share of the steps, else steps
-    optimizer: str = "adamw"  # or "muon", see resonance_nn.optim
+    optimizer: str = "muon"  # or "adamw", see resonance_nn.optim
     weight_decay: float = 0.1
     clip: float = 1.0  # 0 turns it off
     precision: str = "auto"

@@ -35,7 +35,7 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from resonance_nn.arguments import FREE, TrainArguments
+from resonance_nn.arguments import FREE, OPTIMIZERS, TrainArguments
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import (
     Document,
@@ -247,7 +247,8 @@ def _trainer_arguments(
 ) -> TrainingArguments:
     lr = arguments.lr
     if lr is None:
-        lr = 3e-3 * min(1.0, 256 / config.hidden_size) * (0.1 if arguments.init else 1.0)
+        of_width_256 = OPTIMIZERS[arguments.optimizer]
+        lr = of_width_256 * min(1.0, 256 / config.hidden_size) * (0.1 if arguments.init else 1.0)
     result = TrainingArguments(
         output_dir=str(arguments.output_dir),
         per_device_train_batch_size=arguments.batch_size,

@@ -81,5 +81,5 @@ def test_a_changed_rate_reaches_every_part():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="optimizer = 'sgd': must be adamw or muon"):
+    with pytest.raises(ValueError, match="optimizer = 'sgd': must be muon or adamw"):
         build_optimizer(nn.Linear(2, 2), "sgd")

@@ -14,6 +14,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 from resonance_nn import RECIPES, ResonanceConfig, ResonanceForCausalLM
 from resonance_nn import training as training_module
+from resonance_nn.arguments import OPTIMIZERS
 from resonance_nn.loading import load_model
 from resonance_nn.progress import ProgressCallback
 from resonance_nn.rundir import RunFolder
@@ -84,7 +85,7 @@ def test_a_run_learns_and_leaves_everything(arguments):
     assert model.config.eos_token_id == tokenizer.eos_token_id == model.generation_config.eos_token_id
 
 
-@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "adamw"), ("bf16", "adamw"), ("fp32", "muon")])
+@pytest.mark.parametrize(("precision", "optimizer"), [("fp32", "muon"), ("bf16", "muon"), ("fp32", "adamw")])
 def test_resume_is_bit_equal(arguments, tmp_path, precision, optimizer, monkeypatch):
     cut = replace(arguments, precision=precision, optimizer=optimizer)
     whole = replace(cut, output_dir=tmp_path / "whole")
@@ -120,7 +121,8 @@ def test_resume_from_every_checkpoint(arguments, tmp_path):
                 later.rmdir()
 
 
-def test_weight_decay_only_on_linear_maps_and_embeddings(arguments, monkeypatch):
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_weight_decay_only_on_linear_maps_and_embeddings(arguments, monkeypatch, optimizer):
     seen = {}
 
     class Spy(TrainerCallback):
@@ -128,14 +130,14 @@ def test_weight_decay_only_on_linear_maps_and_embeddings(arguments, monkeypatch)
             names = {p: name for name, p in model.named_parameters()}
             for group in optimizer.param_groups:
                 seen.update({names[p]: group["weight_decay"] for p in group["params"]})
-            seen["betas"] = optimizer.param_groups[0]["betas"]
+            seen["betas"] = next(group["betas"] for group in optimizer.param_groups if "betas" in group)
 
     original = training_module._Trainer.run
     monkeypatch.setattr(
         training_module._Trainer, "run", lambda self, path: (self.add_callback(Spy()), original(self, path))
     )
-    mixers = ("spectral_gate", "resonance", "attention")
-    train(replace(arguments, steps=1, mixers=mixers, config={**SMALL, "num_hidden_layers": 3}))
+    mixers, config = ("spectral_gate", "resonance", "attention"), {**SMALL, "num_hidden_layers": 3}
+    train(replace(arguments, steps=1, mixers=mixers, config=config, optimizer=optimizer))
     assert seen.pop("betas") == (0.9, 0.95)
     model, _ = load_model(str(arguments.output_dir))
     matrices = {f"{name}.weight" for name, m in model.named_modules() if isinstance(m, nn.Linear | nn.Embedding)} - {
@@ -200,6 +202,17 @@ def test_init_goes_on_with_a_model(arguments, tmp_path):
     with pytest.raises(ValueError, match=r"dropout = 1\.5"):
         train(replace(second, output_dir=tmp_path / "third", dropout=1.5))
     assert not (tmp_path / "third").exists()
+
+
+@pytest.mark.parametrize(("optimizer", "rate"), [("muon", 6e-3), ("adamw", 3e-3)])
+def test_a_rate_of_its_own_for_each_optimizer(arguments, optimizer, rate):
+    made = [
+        training_module._trainer_arguments(replace(arguments, **change), "cpu", "fp32", ResonanceConfig(hidden_size=D))
+        for change in ({"optimizer": optimizer}, {"optimizer": optimizer, "init": "model"}, {"lr": 0.5})
+        for D in (64, 256, 512)
+    ]
+    expected = [rate, rate, rate / 2, rate / 10, rate / 10, rate / 20, 0.5, 0.5, 0.5]
+    assert [one.learning_rate for one in made] == pytest.approx(expected)
 
 
 def test_a_recipe_is_trained_as_named(arguments):

@@ -161,15 +161,15 @@ class PasskeyOptions:
     data: tuple[str, ...] = ("stdlib",)
     filler: str = "sentences"
     output_dir: Path = Path("runs/bench-passkey")
-    train_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048)
-    lengths: tuple[int, ...] = (2048, 4096, 16_384, 65_536, 262_144)
+    train_lengths: tuple[int, ...] = (64, 128, 256, 512, 1024, 2048, 4096)
+    lengths: tuple[int, ...] = (4096, 16_384, 65_536, 262_144)
     peer_max_length: int = 16_384
     needles: int = 1
     sequences: int = 40
     hidden_size: int = 128
     layers: int = 2
     vocab_size: int = 2048
-    plan: Plan = field(default_factory=lambda: Plan(lr=3e-3, steps=2000, target=2.0))
+    plan: Plan = field(default_factory=lambda: Plan(lr=3e-3, steps=1200, target=2.0))
     fields: Mapping[str, Any] = field(default_factory=dict)
 
     def check(self) -> None:

@@ -33,17 +33,17 @@ def passkey(
     filler: Annotated[
         str, typer.Option(help="Around keys: sentences (the same five over and over) or text.")
     ] = "sentences",
-    train_lengths: Annotated[str, typer.Option(help="Of training sequences, by commas.")] = "64,128,256,512,1024,2048",
-    lengths: Annotated[
-        str, typer.Option(help="Of sequences to be asked at, by commas.")
-    ] = "2048,4096,16384,65536,262144",
+    train_lengths: Annotated[
+        str, typer.Option(help="Of training sequences, by commas.")
+    ] = "64,128,256,512,1024,2048,4096",
+    lengths: Annotated[str, typer.Option(help="Of sequences to be asked at, by commas.")] = "4096,16384,65536,262144",
     peer_max_length: Annotated[int, typer.Option(help="The longest that transformers' models are asked at.")] = 16_384,
     needles: Annotated[int, typer.Option(help="Keys in a sequence; of 2 or more each has a name, one is asked.")] = 1,
     sequences: Annotated[int, typer.Option(help="Held-out sequences a length, at depths spread evenly.")] = 40,
     hidden_size: Annotated[int, typer.Option("--hidden-size", help="Width.")] = 128,
     layers: Annotated[int, typer.Option(help="Depth.")] = 2,
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer.")] = 2048,
-    steps: Annotated[int, typer.Option(help="Of each run, at most.")] = 2000,
+    steps: Annotated[int, typer.Option(help="Of each run, at most.")] = 1200,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
     optimizer: Annotated[str, typer.Option(help="adamw or muon.")] = "adamw",
     seed: Annotated[int, typer.Option(help="Of weights and sequences.")] = 0,

@@ -64,14 +64,14 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak learning rate. Default: 3e-3 · 256 / width, at most 3e-3; with --init a tenth.",
+            help="Peak. Default: muon 6e-3, adamw 3e-3, times 256 / width if less than 1; with --init a tenth.",
             rich_help_panel=OPTIMISER,
         ),
     ] = None,
     warmup: Annotated[
         float, typer.Option(help="Below 1 a share of the steps, else steps.", rich_help_panel=OPTIMISER)
     ] = 0.05,
-    optimizer: Annotated[str, typer.Option(help="adamw or muon.", rich_help_panel=OPTIMISER)] = "adamw",
+    optimizer: Annotated[str, typer.Option(help="muon or adamw.", rich_help_panel=OPTIMISER)] = "muon",
     weight_decay: Annotated[
         float, typer.Option(help="On linear maps and embeddings.", rich_help_panel=OPTIMISER)
     ] = 0.1,
