@@ -21,7 +21,7 @@ SIZES: dict[str, dict[str, int]] = {
 }
 RECIPES: dict[str, dict[str, Any]] = {  # named settings, each measured: docs/results.md says for what
     "default": {},
-    "memory": {"mixers": ("holographic",), "decay": "none"},  # forgets nothing but what it overwrites
+    "memory": {"mixers": ("holographic",), "decay": "none", "gates": "hard"},  # forgets nothing but what it overwrites
 }
 FORMAT_VERSION = 3
 DERIVED: Any = None  # a field left out: __post_init__ derives it from the width
@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
     "mlp": ("relu2", "swiglu"),
     "erase": ("delta", "gated", "hermitian", "none"),
     "decay": ("head", "channel", "none"),
+    "gates": ("soft", "hard"),
     "rotation": ("none", "step", "token"),
     "backend": BACKENDS,
 }
@@ -85,6 +86,8 @@ class ResonanceConfig(PreTrainedConfig):
         erase: ``holographic``: what a write erases first: "delta" (β of what its key recalls), "gated" (erase and write
             gates a channel), "hermitian" (the complex form of "gated") or "none" (Hebbian).
         decay: ``holographic``: forgetting by one factor a "head", one a key "channel", or "none".
+        gates: ``holographic``: how its gates to write and erase depend on their scores: "soft", σ, never quite shut, or
+            "hard", clamp(1.2σ − 0.1, 0, 1), which can be.
         max_beta: ``holographic``: upper bound of β, in (0, 2]; above 1 a write can reflect.
         num_traces: ``hrr``: traces R a head; with 2 or more a write erases first.
         max_coupling: ``resolvent``: upper bound b_max of the couplings b_t, the unit of energy; half of it at first.
@@ -150,6 +153,7 @@ class ResonanceConfig(PreTrainedConfig):
     key_groups: int | None = 1
     erase: str = "delta"
     decay: str = "head"
+    gates: str = "soft"
     max_beta: float | int = 1.0
     num_traces: int = 1
     max_coupling: float | int = 1.0

@@ -48,6 +48,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [  # every causal mixer as it comes
     ("holographic", {"erase": "hermitian", "decay": "none", "rotation": "step"}),
     ("holographic", {"erase": "hermitian", "decay": "channel"}),
     ("holographic", {"erase": "none"}),
+    ("holographic", {"decay": "none", "gates": "hard"}),
     ("hrr", {"num_traces": 3}),
     ("resolvent", {"prime_bump": True, "prime_bump_limit": 100}),
     ("sliding_attention", {"sliding_window": 8}),

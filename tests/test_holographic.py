@@ -26,6 +26,7 @@ OPTIONS = [
     {"erase": "none", "decay": "channel"},
     {"rotation": "token", "orders": (2, 3, 4, 7), "num_modes": 9, "max_beta": 2.0},
     {"erase": "hermitian", "decay": "channel", "rotation": "token"},
+    {"erase": "gated", "gates": "hard", "max_beta": 2.0},
 ]
 
 
@@ -93,11 +94,15 @@ def definition(m: HolographicMixer, x: Tensor) -> Tensor:
     angle = torch.zeros(B, L, G, N, dtype=x.dtype)
     if m.rotation == "step":
         angle = delta[..., None] * p["frequency"]
+
+    def opened(score):
+        return (1.2 * torch.sigmoid(score) - 0.1).clamp(0, 1) if m.hard_gates else torch.sigmoid(score)
+
     if m.erase in ("delta", "none"):
-        beta = m.max_beta * torch.sigmoid(x @ p["beta_proj.weight"].T)[..., None]
+        beta = m.max_beta * opened(x @ p["beta_proj.weight"].T)[..., None]
         erase, v = (0 if m.erase == "none" else beta) * k, beta * v
     else:
-        e, w = torch.sigmoid(m.gates_proj(x)).view(B, L, G, -1).split((K if m.erase == "gated" else N, P), dim=-1)
+        e, w = opened(m.gates_proj(x)).view(B, L, G, -1).split((K if m.erase == "gated" else N, P), dim=-1)
         erase, v = (torch.cat((e, e), dim=-1) if m.erase == "hermitian" else e) * k, w * v
     decay = log_decay.exp().expand(B, L, G, log_decay.shape[-1])
     decay = decay.expand(B, L, G, K) if decay.shape[-1] in (1, K) else torch.cat((decay, decay), dim=-1)
@@ -192,3 +197,25 @@ def test_nothing_is_infinite_where_a_state_is_forgotten_at_once():
     assert log.min() == -5.0
     assert log.max() <= 0.0
     assert torch.isfinite(z.grad).all()
+
+
+@pytest.mark.parametrize("gates", ["soft", "hard"])
+def test_a_shut_gate_leaves_the_memory_as_it_is(gates: str):
+    """To the last bit, if it is hard; σ(−8) a token is a memory lost within some thousands of them."""
+    mixer = make_mixer("holographic", torch.float32, decay="none", gates=gates)
+    marked = torch.zeros(mixer.beta_proj.weight.shape[1])
+    marked[0] = 1
+    with torch.no_grad():
+        mixer.beta_proj.weight.copy_(marked.expand_as(mixer.beta_proj.weight))
+        told, filler = torch.randn(1, 5, len(marked)), torch.randn(1, 4000, len(marked))
+        told[..., 0], filler[..., 0] = 3.0, -8.0
+        _, before = mixer(told, return_state=True)
+        _, after = mixer(filler, state=before, return_state=True)
+        _, step = mixer(filler[:, :1], state=before, return_state=True)
+    assert before["memory"].abs().max() > 0.01
+    change = relative(after["memory"], before["memory"])
+    if gates == "hard":
+        assert torch.equal(after["memory"], before["memory"])
+        assert torch.equal(step["memory"], before["memory"])
+    else:
+        assert change > 0.01

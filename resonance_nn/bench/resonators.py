@@ -68,9 +68,9 @@ def _holographic(mixer: HolographicMixer, x: Tensor) -> Reading:
     q = F.normalize(F.silu(qkv[..., : mixer.key_groups * K]).unflatten(-1, (-1, K)), dim=-1)
     q = to_heads(q, mixer.num_heads)
     if mixer.erase in ("delta", "none"):
-        gates = {"beta": mixer.max_beta * torch.sigmoid(mixer.beta_proj(x))}
+        gates = {"beta": mixer.max_beta * mixer.gate(mixer.beta_proj(x))}
     else:
-        e, w = torch.sigmoid(mixer.gates_proj(x)).unflatten(-1, (G, -1)).tensor_split([mixer.erase_channels], dim=-1)
+        e, w = mixer.gate(mixer.gates_proj(x)).unflatten(-1, (G, -1)).tensor_split([mixer.erase_channels], dim=-1)
         gates = {"erase": e.mean(-1), "write": w.mean(-1)}
     if mixer.turning_heads:
         log_modulus, turn = mixer._roots(x)
