@@ -89,7 +89,7 @@ def main() -> int:
         f"\nDone in {summary['seconds'] / 60:.1f} minutes, {trained['tokens_per_second']:,.0f} tokens/s in training. "
         f"Loss curve: {folder / 'loss.png'}, figures: {folder / 'demo.json'}\n\nNext:\n"
         f"  .venv/bin/resonance generate {folder} --prompt 'import ' --max-new-tokens 200\n"
-        f"  .venv/bin/resonance train --data stdlib --output-dir runs/longer --epochs 2      # beats lzma\n"
+        f"  .venv/bin/resonance train --data stdlib --output-dir runs/longer --epochs 2\n"
         f"  .venv/bin/resonance train --data YOUR/FILES --init {folder} --output-dir runs/mine --epochs 1",
         highlight=False,
         soft_wrap=True,
