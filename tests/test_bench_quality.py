@@ -286,3 +286,9 @@ def test_titles_and_folders():
     assert case.folder == "2048/llama/lr-0.001-seed-2"
     assert case.title == "llama, 2,048 tokens, rate 0.001, seed 2"
     assert set(MODELS) >= {"default", "llama", "mamba2", "gated_delta"}
+
+
+def test_a_field_that_a_recipe_would_overrule_is_refused():
+    with pytest.raises(ValueError, match="fields: memory has a decay of its own"):
+        QualityOptions(models=("default", "memory"), fields={"decay": "head"}).check()
+    QualityOptions(models=("default", "memory"), fields={"conv_size": 8}).check()

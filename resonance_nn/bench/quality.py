@@ -97,6 +97,8 @@ class QualityOptions:
         for model in self.models:
             if model not in MODELS:
                 raise ValueError(f"models: {model!r} is unknown; choose from {', '.join(MODELS)}")
+            if twice := [name for name in self.fields if name in OURS.get(model, {})]:
+                raise ValueError(f"fields: {model} has a {twice[0]} of its own; leave it out, or set it on {DEFAULT}")
         for name, value in asdict(self.budget).items():
             if min(value if isinstance(value, tuple) else (value,), default=0) < 1:
                 raise ValueError(f"{name} = {value}: must be ≥ 1")
