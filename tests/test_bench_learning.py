@@ -14,8 +14,10 @@ from filelock import FileLock
 
 from resonance_nn.bench import learning, tasks
 from resonance_nn.bench.contestants import CONTESTANTS, Shape
-from resonance_nn.bench.learning import Plan, learn
+from resonance_nn.bench.learning import learn
+from resonance_nn.bench.runs import Plan, check_settings, described, fields_of, prepare
 from resonance_nn.bench.tasks import recall_task, tracking_task
+from resonance_nn.config import ResonanceConfig
 from resonance_nn.progress import TrainingInterrupted
 
 TASK = recall_task(32, (16, 32), (2, 4), (32, 4))
@@ -112,9 +114,9 @@ def test_nothing_is_overwritten_while_one_of_the_runs_is_at_work(tmp_path):
         (tmp_path / name).mkdir()
         (tmp_path / name / "result.json").write_text("{}")
     with FileLock(tmp_path / "b" / ".lock"), pytest.raises(ValueError, match="another process"):
-        learning.prepare(tmp_path, {"a": {}, "b": {}}, resume=False, overwrite=True)
+        prepare(tmp_path, {"a": {}, "b": {}}, resume=False, overwrite=True)
     assert len(list(tmp_path.glob("*/result.json"))) == 2
-    learning.prepare(tmp_path, {"a": {}, "b": {}}, resume=False, overwrite=True)
+    prepare(tmp_path, {"a": {}, "b": {}}, resume=False, overwrite=True)
     assert not list(tmp_path.glob("*/result.json"))
 
 
@@ -180,3 +182,16 @@ def test_a_loss_of_zero_is_not_a_lost_one(tmp_path, monkeypatch):
     learning_loss = tasks.answer_loss
     monkeypatch.setattr(tasks, "answer_loss", perfect)
     assert learn(tmp_path, TASK, build(), PLAN, {})["stopped"] == "budget"
+
+
+def test_a_run_begun_before_a_field_goes_on(tmp_path):
+    """What a later version adds to the plan or the configuration had its default before."""
+    config = ResonanceConfig(vocab_size=64, hidden_size=64, num_hidden_layers=1)
+    now = described({"data": ["stdlib"], "config": fields_of(config)}, PLAN)
+    for field, part in (("gates", "config"), ("num_modes", "config"), ("optimizer", "plan")):
+        old = json.loads(json.dumps(now))
+        del old[part][field]
+        (tmp_path / "run.json").write_text(json.dumps(old))
+        check_settings(tmp_path, now)
+        with pytest.raises(ValueError, match=f"{field} was .* and is 'other'"):
+            check_settings(tmp_path, {**now, part: {**now[part], field: "other"}})

@@ -14,8 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from resonance_nn.bench.contestants import CONTESTANTS, Shape, state_bytes
-from resonance_nn.bench.learning import Plan, learn
+from resonance_nn.bench.learning import learn
 from resonance_nn.bench.models import count
+from resonance_nn.bench.runs import Plan
 from resonance_nn.bench.sweep import Case, Sweep
 from resonance_nn.bench.tasks import accuracy, recall_task, tracking_task
 from resonance_nn.cli import main

@@ -10,8 +10,9 @@ from typing import Any
 
 from resonance_nn.bench.common import Row, result
 from resonance_nn.bench.fit import confidence95
-from resonance_nn.bench.learning import Plan, described, learn, prepare
+from resonance_nn.bench.learning import learn
 from resonance_nn.bench.models import sized
+from resonance_nn.bench.runs import Plan, described, fields_of, prepare
 from resonance_nn.bench.text import HELD_OUT, text_task
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import find_documents
@@ -147,7 +148,7 @@ def run(
         case.plan.check()
     documents = find_documents(list(options.data), leave_out=options.output_dir)
     settings = {
-        case.folder: {"data": list(options.data), "seq_len": options.seq_len, "config": _fields(case.config)}
+        case.folder: {"data": list(options.data), "seq_len": options.seq_len, "config": fields_of(case.config)}
         for case in cases
     }
     runs = {case.folder: described(settings[case.folder], case.plan) for case in cases}
@@ -231,10 +232,6 @@ def _rows(losses: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]) -> list
 def _mean(values: Sequence[float | None]) -> float | None:
     known = [value for value in values if value is not None]
     return statistics.mean(known) if known and len(known) == len(values) else None
-
-
-def _fields(config: ResonanceConfig) -> dict[str, Any]:
-    return {name: getattr(config, name) for name in sorted(ResonanceConfig.own_fields())}
 
 
 def _described(options: AblationOptions) -> dict[str, Any]:

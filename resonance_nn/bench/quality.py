@@ -24,9 +24,10 @@ from transformers import PreTrainedModel
 from resonance_nn.bench.accelerated import accelerate, accelerated_delta_rule
 from resonance_nn.bench.common import Row, result
 from resonance_nn.bench.fit import confidence95
-from resonance_nn.bench.learning import Plan, described, learn, prepare
+from resonance_nn.bench.learning import learn
 from resonance_nn.bench.models import sized
 from resonance_nn.bench.peers import PEERS, build_peer, count
+from resonance_nn.bench.runs import Plan, described, fields_of, prepare
 from resonance_nn.bench.text import HELD_OUT, TextTask, text_task, text_tokenizer
 from resonance_nn.bench.zero_shot import Measurement, figures, measurements
 from resonance_nn.config import RECIPES, ResonanceConfig
@@ -264,8 +265,12 @@ def final_loss(outcome: Mapping[str, Any]) -> float:
 def _settings(options: QualityOptions, case: Case) -> dict[str, Any]:
     """What a run depends on beside its plan. A peer's shape follows from the default's."""
     config = options.config(case.model if case.model in OURS else DEFAULT)
-    fields = {name: getattr(config, name) for name in sorted(ResonanceConfig.own_fields())}
-    return {"data": list(options.data), "length": case.length, "model": case.model, "config": fields}
+    return {
+        "data": list(options.data),
+        "length": case.length,
+        "model": case.model,
+        "config": fields_of(config),
+    }
 
 
 def _kept(outcome: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from rich.table import Table
 
 from resonance_nn.bench.common import Row
 from resonance_nn.bench.contestants import CONTESTANTS, Shape, state_bytes
-from resonance_nn.bench.learning import Plan, described, learn, prepare
+from resonance_nn.bench.learning import learn
 from resonance_nn.bench.peers import PEER
+from resonance_nn.bench.runs import Plan, described, prepare
 from resonance_nn.bench.tasks import Task
 from resonance_nn.evaluation import row
 from resonance_nn.files import atomic_path

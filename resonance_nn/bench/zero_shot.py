@@ -17,7 +17,7 @@ from safetensors.torch import load_model
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from resonance_nn.bench.learning import Plan
+from resonance_nn.bench.runs import Plan
 from resonance_nn.bench.text import HELD_OUT, TextTask
 from resonance_nn.data import TokenStore, find_documents
 from resonance_nn.evaluation import autocast, finite

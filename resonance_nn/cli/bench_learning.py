@@ -171,7 +171,7 @@ def sweep_of(values: Mapping[str, Any]) -> Sweep:
     steps, minutes = values["steps"], values["minutes"]
     use_threads(values["threads"])
     from resonance_nn.bench.contestants import Shape
-    from resonance_nn.bench.learning import Plan
+    from resonance_nn.bench.runs import Plan
     from resonance_nn.bench.sweep import Sweep
     from resonance_nn.evaluation import resolve_device
 

@@ -71,7 +71,7 @@ def passkey(
     trained, asked = numbers("--train-lengths", train_lengths), numbers("--lengths", lengths)
 
     from resonance_nn.bench import passkey as suite
-    from resonance_nn.bench.learning import Plan
+    from resonance_nn.bench.runs import Plan
     from resonance_nn.evaluation import resolve_device
 
     options = suite.PasskeyOptions(

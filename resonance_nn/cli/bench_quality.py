@@ -84,8 +84,8 @@ def quality(
     chosen["lengths"] = None if lengths is None else numbers("--lengths", lengths)
 
     from resonance_nn.bench import quality as suite
-    from resonance_nn.bench.learning import Plan
     from resonance_nn.bench.quality_plot import plot as draw
+    from resonance_nn.bench.runs import Plan
     from resonance_nn.evaluation import resolve_device
 
     if budget not in suite.BUDGETS:
