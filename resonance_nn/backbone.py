@@ -47,11 +47,13 @@ class Block(nn.Module):
         state: State | None,
         return_state: bool,
         return_losses: bool,
+        grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, State | None, list[Tensor] | None]:
         losses: list[Tensor] | None = [] if return_losses else None
         x, normed = self.mixer_norm(x)
+        of_image: dict[str, Any] = {"grid": grid} if grid is not None and self.mixer.of_images else {}
         y, state = self.mixer.mix(
-            normed, length=length, reset=reset, state=state, return_state=return_state, losses=losses
+            normed, length=length, reset=reset, state=state, return_state=return_state, losses=losses, **of_image
         )
         x, normed = self.mlp_norm(x, self._drop(y))
         return x + self._drop(self.mlp(normed)).to(x.dtype), state, losses
@@ -67,6 +69,7 @@ class Block(nn.Module):
         state: State | None,
         return_state: bool,
         return_losses: bool,
+        grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, State | None, list[Tensor] | None]:
         """As :meth:`forward`, with gradient checkpointing where it is on.
 
@@ -82,7 +85,7 @@ class Block(nn.Module):
         L = x.shape[1]
         whole = L <= SEGMENT or torch.compiler.is_compiling() or not (self.mixer.causal and self.mixer.constant_state)
         if whole or not (checkpointed or not torch.is_grad_enabled()):
-            return call(x, length, reset, state, return_state, return_losses)
+            return call(x, length, reset, state, return_state, return_losses, grid)
         outputs: list[Tensor] = []
         losses: list[Tensor] | None = [] if return_losses else None
         for i, part in enumerate(x.split(SEGMENT, dim=1)):
@@ -119,6 +122,7 @@ class Backbone(nn.Module):
         return_states: bool = False,
         return_hidden: bool = False,
         losses: list[Tensor] | None = None,
+        grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, list[State | None], list[Tensor]]:
         """Run the stack.
 
@@ -130,6 +134,8 @@ class Backbone(nn.Module):
             return_states: whether to compute the states after each row's last real token.
             return_hidden: whether to keep the residual stream before every block.
             losses: a list to which the mixers' weighted auxiliary losses are appended; None: they are not computed.
+            grid: rows and columns of the images that the tokens are, for mixers of images; None: they tell it from the
+                number of tokens.
 
         Returns:
             The normed hidden states (B, L, D), the states, and the residual streams asked for.
@@ -145,7 +151,7 @@ class Backbone(nn.Module):
                 hidden.append(x)
             state = states[i]
             assert isinstance(block, Block)
-            x, state, of_block = block.run(x, length, reset, state, return_states, losses is not None)
+            x, state, of_block = block.run(x, length, reset, state, return_states, losses is not None, grid)
             new_states.append(state)
             if losses is not None and of_block is not None:
                 losses += of_block

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import itertools
-import math
 from typing import Any
 
 from transformers import PreTrainedConfig
 
-from resonance_nn.mixers import MIXERS, mixer_class
-from resonance_nn.ops.fla_backend import BACKENDS
+from resonance_nn.config_checks import DERIVED, FORMAT_VERSION, STACKS, check_fields
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "num_hidden_layers": 6},
@@ -22,18 +19,6 @@ SIZES: dict[str, dict[str, int]] = {
 RECIPES: dict[str, dict[str, Any]] = {  # named settings, each measured: docs/results.md says for what
     "default": {},
     "memory": {"mixers": ("holographic",), "decay": "none", "gates": "hard"},  # forgets nothing but what it overwrites
-}
-FORMAT_VERSION = 3
-DERIVED: Any = None  # a field left out: __post_init__ derives it from the width
-CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
-    "filters": ("head", "channel"),
-    "output_norm": ("head", "gated", "none"),
-    "mlp": ("relu2", "swiglu"),
-    "erase": ("delta", "gated", "hermitian", "none"),
-    "decay": ("head", "channel", "none"),
-    "gates": ("soft", "hard"),
-    "rotation": ("none", "step", "token"),
-    "backend": BACKENDS,
 }
 TRAINING_FIELDS = {  # without effect in evaluation
     *("dropout", "initializer_range", "initial_context", "shortest_context", "initial_step", "format_version"),
@@ -110,6 +95,24 @@ class ResonanceConfig(PreTrainedConfig):
         norm_eps: epsilon of the RMSNorms.
         dropout: on the output of each mixer and MLP, while training.
         initializer_range: standard deviation of the linear maps at initialisation.
+        pooling: of a text, image or sound to one vector: the "mean" of its tokens, the "last" or the "first".
+        image_size: rows and columns of pixels that images are trained at, or one number for both; None where there are
+            none. A multiple of ``patch_size``. ``filter_size`` is then that of their patches unless it is given.
+        patch_size: pixels of a square patch's side, a token.
+        num_channels: of images: 1 is grey, 3 red, green and blue.
+        sampling_rate: samples a second of sounds.
+        front_end: from samples to tokens: "waveform", frames of ``frame_size`` of them, or "log_mel".
+        frame_size: samples that a token of "waveform" holds.
+        window_size: samples of the window of "log_mel"; None means 25 ms.
+        hop_size: samples from one such window to the next; None means 10 ms.
+        num_mel_bins: bands of "log_mel".
+        encoder_mixers: as ``mixers``, of the encoder of texts in models that have more than one stack.
+        num_encoder_layers: blocks of each encoder in such models; None means ``num_hidden_layers``.
+        bridge: from the encoder to the decoder, a "memory" or a "spectral" one.
+        modalities: what a multimodal model takes, of "text", "image" and "audio".
+        fusion: of modalities, "holographic" or "spectral".
+        image_mixers: as ``mixers``, of the encoder of images beside others.
+        audio_mixers: as ``mixers``, of the encoder of sounds beside others.
         tie_word_embeddings: whether the output head is the embedding.
         label_smoothing: auxiliary term of the training loss, ε in [0, 1).
         z_loss_weight: auxiliary term of the training loss, ζ · mean(lse²).
@@ -172,6 +175,23 @@ class ResonanceConfig(PreTrainedConfig):
     norm_eps: float = 1e-6
     dropout: float | int = 0.0
     initializer_range: float = 0.02
+    pooling: str = "mean"
+    image_size: int | tuple[int, int] | None = None
+    patch_size: int = 4
+    num_channels: int = 3
+    sampling_rate: int = 16_000
+    front_end: str = "log_mel"
+    frame_size: int = 32
+    window_size: int = DERIVED
+    hop_size: int = DERIVED
+    num_mel_bins: int = 64
+    encoder_mixers: tuple[str, ...] = ("spectral_gate", "reversed:spectral_gate")
+    num_encoder_layers: int = DERIVED
+    bridge: str = "memory"
+    modalities: tuple[str, ...] = ("text", "image", "audio")
+    fusion: str = "holographic"
+    image_mixers: tuple[str, ...] = ("global_filter",)
+    audio_mixers: tuple[str, ...] = ("global_filter",)
     tie_word_embeddings: bool = True
     label_smoothing: float | int = 0.0
     z_loss_weight: float | int = 0.0
@@ -187,12 +207,15 @@ class ResonanceConfig(PreTrainedConfig):
             self.num_heads = alias
         elif alias not in (DERIVED, self.num_heads):
             raise ValueError(f"num_heads = {self.num_heads!r} and num_attention_heads = {alias!r}: one field; give one")
-        if not isinstance(self.mixers, str | tuple | list):
-            raise ValueError(f"mixers = {self.mixers!r}: must be names, such as ('spectral_gate',)")
-        self.mixers = (self.mixers,) if isinstance(self.mixers, str) else tuple(self.mixers)
+        for name in STACKS:
+            names = getattr(self, name)
+            if not isinstance(names, str | tuple | list):
+                raise ValueError(f"{name} = {names!r}: must be names, such as ('spectral_gate',)")
+            setattr(self, name, (names,) if isinstance(names, str) else tuple(names))
+        self.modalities = (self.modalities,) if isinstance(self.modalities, str) else tuple(self.modalities)
         if self.num_heads is DERIVED:
             self.num_heads = _default_heads(self.hidden_size)
-        self._validate()
+        check_fields(self)
         if self.intermediate_size is DERIVED:
             inner = 4 * self.hidden_size if self.mlp == "relu2" else -(-8 * self.hidden_size // 3)
             self.intermediate_size = -(-inner // 64) * 64
@@ -209,8 +232,18 @@ class ResonanceConfig(PreTrainedConfig):
         if self.initial_step is not None:
             self.initial_step = (float(self.initial_step[0]), float(self.initial_step[1]))
         self.scales, self.orders = tuple(self.scales), tuple(self.orders)
+        if isinstance(self.image_size, int):
+            self.image_size = (self.image_size, self.image_size)
+        elif self.image_size is not None:
+            self.image_size = (self.image_size[0], self.image_size[1])
+        if self.window_size is DERIVED:
+            self.window_size = round(0.025 * self.sampling_rate)
+        if self.hop_size is DERIVED:
+            self.hop_size = round(0.01 * self.sampling_rate)
+        if self.num_encoder_layers is DERIVED:
+            self.num_encoder_layers = self.num_hidden_layers
         if self.filter_size is DERIVED:
-            self.filter_size = self.initial_context
+            self.filter_size = self.initial_context if self.image_size is None else self.patch_grid
         elif isinstance(self.filter_size, tuple | list):
             self.filter_size = (self.filter_size[0], self.filter_size[1])
         super().__post_init__(**kwargs)
@@ -255,111 +288,15 @@ class ResonanceConfig(PreTrainedConfig):
         return {name: value for name, value in super().to_dict().items() if name != "backend"}
 
     @property
+    def patch_grid(self) -> tuple[int, int]:
+        """Rows and columns of patches of an image of ``image_size``."""
+        assert isinstance(self.image_size, tuple)
+        return self.image_size[0] // self.patch_size, self.image_size[1] // self.patch_size
+
+    @property
     def layer_mixers(self) -> tuple[str, ...]:
         """The mixer of each layer."""
         return tuple(self.mixers[i % len(self.mixers)] for i in range(self.num_hidden_layers))
-
-    def _validate(self) -> None:
-        def check(condition: bool, field: str, allowed: str) -> None:
-            if not condition:
-                raise ValueError(f"{field} = {getattr(self, field)!r}: must be {allowed}")
-
-        for field, minimum in (
-            ("vocab_size", 2),
-            ("hidden_size", 8),
-            ("num_hidden_layers", 1),
-            ("num_heads", 1),
-            ("conv_size", 1),
-            ("chunk_size", 1),
-            ("initial_context", 2),
-            ("shortest_context", 1),
-            ("expand", 1),
-            ("num_traces", 1),
-            ("prime_bump_limit", 1),
-            ("num_bands", 1),
-            ("sliding_window", 1),
-        ):
-            value = getattr(self, field)
-            check(type(value) is int and value >= minimum, field, f"an integer ≥ {minimum}")
-        for field, none in (
-            *((name, "None to derive") for name in ("intermediate_size", "num_modes")),
-            *((name, "None for a group a head") for name in ("num_groups", "key_groups")),
-        ):
-            value = getattr(self, field)
-            check(value is DERIVED or (type(value) is int and value >= 1), field, f"an integer ≥ 1, or {none}")
-        width, of_width = self.hidden_size, "hidden_size"
-        if self.expand > 1 and set(self.mixers) == {"spectral_gate"}:  # the only mixer that expands
-            width, of_width = self.expand * self.hidden_size, "expand · hidden_size"
-        if width % self.num_heads or width // self.num_heads < 8:
-            fits = [h for h in range(1, width // 8 + 1) if width % h == 0]
-            raise ValueError(
-                f"num_heads = {self.num_heads}: must divide {of_width} = {width} into heads of at least 8 "
-                f"channels; {', '.join(map(str, fits))} do"
-            )
-        check(len(self.mixers) > 0, "mixers", f"one or more of {', '.join(MIXERS)}")
-        for name in self.mixers:
-            try:
-                mixer_class(name)
-            except ValueError as error:
-                raise ValueError(f"mixers = {self.mixers!r}: {error}") from None
-        orders = self.orders if isinstance(self.orders, tuple | list) else ()
-        check(len(orders) > 0 and all(type(p) is int and p >= 2 for p in orders), "orders", "one or more integers ≥ 2")
-        if self.rotation == "token" and self.num_heads < 2 and any("holographic" in name for name in self.mixers):
-            raise ValueError("num_heads = 1 with rotation = 'token': half of the heads turn; give 2 or more")
-        lengths = self.scales if isinstance(self.scales, tuple | list) else ()
-        ascending = len(lengths) > 0 and all(type(s) is int and s >= 2 for s in lengths)
-        ascending = ascending and all(a < b for a, b in itertools.pairwise(lengths))
-        check(ascending, "scales", "one or more integers ≥ 2, ascending, such as (4, 16)")
-        for field in ("num_groups", "key_groups"):
-            groups = getattr(self, field)
-            check(groups is None or self.num_heads % groups == 0, field, f"a divisor of num_heads = {self.num_heads}")
-        for field, choices in CHOICES.items():
-            check(getattr(self, field) in choices, field, " or ".join(map(repr, choices)))
-        without = [name for name in self.mixers if self.backend not in mixer_class(name).backends]
-        if without:
-            having = [name for name, mixer in MIXERS.items() if self.backend in mixer.backends]
-            raise ValueError(
-                f"backend = {self.backend!r} with mixers = {self.mixers!r}: only {' and '.join(having)} run on it, "
-                f"{without[0]} does not; use backend = 'torch'"
-            )
-        size = self.filter_size
-        sizes = size if isinstance(size, tuple | list) and len(size) == 2 else (size,)
-        check(size is DERIVED or all(type(s) is int and s >= 1 for s in sizes), "filter_size", "an integer ≥ 1 or two")
-        for field, low, allowed in (("time_step_limit", 0.0, "0 ≤ low"), ("initial_step", 1e-30, "0 < low")):
-            value = getattr(self, field)
-            pair = isinstance(value, tuple | list) and len(value) == 2 and low <= value[0] <= value[1]
-            check(value is None or pair, field, f"None or (low, high) with {allowed} ≤ high")
-        for field in ("mode_fraction", "max_beta"):
-            value, high = getattr(self, field), 1 if field == "mode_fraction" else 2
-            check(isinstance(value, int | float) and 0 < value <= high, field, f"in (0, {high}]")
-        value = self.min_damping
-        positive = isinstance(value, int | float) and 0 < value < math.inf
-        check(value is DERIVED or positive, "min_damping", "> 0, or None")
-        for field, low, high, allowed in (
-            ("dropout", 0, 1, "in [0, 1)"),
-            ("label_smoothing", 0, 1, "in [0, 1)"),
-            ("z_loss_weight", 0, math.inf, "≥ 0"),
-            ("mode_noise", 0, math.inf, "≥ 0"),
-            ("entropy_weight", 0, math.inf, "≥ 0"),
-            ("norm_eps", 1e-30, 1, "in (0, 1)"),
-            ("initializer_range", 1e-30, math.inf, "> 0"),
-            ("rope_theta", 1e-30, math.inf, "> 0"),
-            ("max_coupling", 1e-30, math.inf, "> 0"),
-            ("prime_bump_epsilon", 0, math.inf, "≥ 0"),
-        ):
-            value = getattr(self, field)
-            check(isinstance(value, int | float) and low <= value < high, field, allowed)
-        for field in (
-            *("normalize_gates", "conv_bias", "frequency_mixing", "trapezoidal", "prime_bump"),
-            *("tie_word_embeddings", "use_cache"),
-        ):
-            check(isinstance(getattr(self, field), bool), field, "True or False")
-        check(isinstance(self.format_version, int), "format_version", "an integer")
-        if self.format_version > FORMAT_VERSION:
-            raise ValueError(
-                f"format_version = {self.format_version}: this release of resonance-nn reads up to {FORMAT_VERSION}; "
-                "upgrade it to load this checkpoint"
-            )
 
 
 def _default_heads(hidden_size: int) -> int:

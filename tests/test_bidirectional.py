@@ -16,13 +16,14 @@ from torch import Tensor
 
 from resonance_nn import ResonanceForCausalLM
 from resonance_nn.backbone import Backbone
-from resonance_nn.mixers import MIXERS, Mixer
+from resonance_nn.mixers import MIXERS, Mixer, ReversedMixer
 from resonance_nn.mixers.global_filter import GlobalFilterMixer
 
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     *((name, {}) for name, mixer in MIXERS.items() if not mixer.causal),
     ("global_filter", {"filters": "channel", "filter_size": 40}),
     ("bidirectional_resolvent", {"prime_bump": True, "prime_bump_limit": 60}),
+    *((f"reversed:{name}", {}) for name in ("resonance", "spectral_gate", "holographic", "resolvent")),
 ]
 variants = pytest.mark.parametrize(("name", "overrides"), VARIANTS)
 IMAGES = {"filter_size": (6, 4), "num_bands": 2}
@@ -111,14 +112,16 @@ def test_batch_order_does_not_matter(name: str, overrides: dict):
 
 @variants
 def test_really_bidirectional(name: str, overrides: dict):
-    """Changing either end changes the output at the other, and any token its own."""
+    """Changing either end changes the output at the other, and any token its own; read from the end, all before it."""
     mixer = lively(name, **overrides)
     x = torch.randn(1, 30, 32, dtype=torch.float64)
     y, _ = mixer(x)
     for changed, seen in itertools.product((0, 15, 29), repeat=2):
         other = x.clone()
         other[0, changed] += 1
-        assert (mixer(other)[0] - y)[0, seen].abs().max() > 1e-8, f"token {seen} does not see token {changed}"
+        sees = name.startswith("reversed:") <= (changed >= seen)
+        difference = (mixer(other)[0] - y)[0, seen].abs().max()
+        assert difference > 1e-8 if sees else difference < 1e-10, f"token {seen}, token {changed}: {difference}"
 
 
 @variants
@@ -210,6 +213,32 @@ def test_in_a_stack_a_padded_row_equals_the_row_alone(name: str, overrides: dict
     y, states, _ = stack(x, mask=mask)
     assert states == [None, None]
     assert relative(y[1, 9:40], stack(x[1:, 9:40])[0][0]) < 1e-10
+
+
+def test_reversed_layers_by_turns_see_everything():
+    torch.manual_seed(0)
+    stack = Backbone(small_config(("spectral_gate", "reversed:spectral_gate"))).double()
+    x = torch.randn(1, 30, 32, dtype=torch.float64)
+    y, _, _ = stack(x)
+    for changed, seen in itertools.product((0, 15, 29), repeat=2):
+        other = x.clone()
+        other[0, changed] += 1
+        assert (stack(other)[0] - y)[0, seen].abs().max() > 1e-8, f"token {seen} does not see token {changed}"
+
+
+def test_reversed_is_the_mixer_on_the_tokens_turned_round():
+    mixer, x = lively("reversed:holographic"), torch.randn(2, 20, 32, dtype=torch.float64)
+    assert isinstance(mixer, ReversedMixer)
+    assert relative(mixer(x)[0], mixer.inner(x.flip(1))[0].flip(1)) < 1e-12
+
+
+def test_what_cannot_be_reversed():
+    for name, message in (
+        ("reversed:global_filter", "there is no other direction to read in; after reversed: use resonance"),
+        ("reversed:reversed:resonance", "after reversed: must stand one of .*, once"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small_config((name,))
 
 
 # --- images

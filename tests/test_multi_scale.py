@@ -232,7 +232,7 @@ def test_names():
         ("multi_scale:unknown", "'multi_scale:unknown': after multi_scale: must stand one of resonance, "),
         ("multi_scale:multi_scale:resonance", "must stand one of .*, once"),
         ("multi_scale:", "must stand one of"),
-        ("unknown", "'unknown' is unknown; choose from resonance, .* or multi_scale: before a causal one"),
+        ("unknown", "'unknown' is unknown; choose from resonance, .* or multi_scale: or reversed: before a causal one"),
     ):
         with pytest.raises(ValueError, match=message):
             small_config((name,))

@@ -102,6 +102,7 @@ class Mixer(nn.Module):
     float32_parameters: ClassVar[tuple[str, ...]] = ()  # kept in float32 when a model is loaded in half precision
     backends: ClassVar[tuple[str, ...]] = ("torch",)  # that ``config.backend`` may name
     constant_state: bool = True  # the state's size does not depend on the context
+    of_images: bool = False  # tokens are the rows of images, and ``mix`` takes their ``grid``
 
     def __init__(self, config: ResonanceConfig, layer_idx: int = 0) -> None:
         super().__init__()

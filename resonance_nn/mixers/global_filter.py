@@ -40,6 +40,7 @@ class GlobalFilterMixer(Mixer):
         D, H, size = config.hidden_size, config.num_heads, config.filter_size
         assert size is not None  # the config derives it
         self.filter_size = size
+        self.of_images = not isinstance(size, int)
         if isinstance(size, int):
             self.num_bands: tuple[int, ...] = (min(config.num_bands, max_bands(size)),)
             shape: tuple[int, ...] = (size,)

@@ -1,0 +1,116 @@
+"""Images: patches by reshaping and a linear map -> backbone -> pooled -> classes. No convolution."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.modeling_outputs import ImageClassifierOutput
+
+from resonance_nn.backbone import Backbone
+from resonance_nn.config import ResonanceConfig
+from resonance_nn.models.base import ResonancePreTrainedModel, mark_residual_maps
+from resonance_nn.models.pooling import classification_loss, label_head, pool
+
+POSITION_STD = 0.02
+
+
+class PatchEmbedding(nn.Module):
+    """Images (B, C, Y, X) -> tokens (B, rows · columns, D), and their grid.
+
+    At ``config.image_size`` the image is cut into squares of ``patch_size`` pixels, each flattened and mapped linearly,
+    plus a learned vector a place. An image of another size is the same picture sampled otherwise: it gets a patch for
+    every ``patch_size`` pixels of its own, but each shows as much of the picture as it did in training, with as many
+    pixels, read off the image at the density trained at (bilinear, smoothed where that is coarser). So patches of a
+    larger image overlap. Places are interpolated.
+    """
+
+    def __init__(self, config: ResonanceConfig) -> None:
+        super().__init__()
+        if config.image_size is None:
+            raise ValueError("image_size = None: a model of images needs it; give rows and columns, such as (224, 224)")
+        assert isinstance(config.image_size, tuple)
+        self.image_size, self.patch_size, self.num_channels = config.image_size, config.patch_size, config.num_channels
+        self.grid = config.patch_grid
+        self.proj = nn.Linear(config.num_channels * config.patch_size**2, config.hidden_size)
+        self.position = nn.Parameter(torch.empty(config.hidden_size, *self.grid))
+
+    def initial_values(self) -> dict[str, Tensor]:
+        return {"position": torch.empty(self.position.shape).normal_(0, POSITION_STD)}
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokens row by row, and their rows and columns."""
+        if pixels.dim() != 4 or pixels.shape[1] != self.num_channels:
+            raise ValueError(
+                f"pixel_values of shape {tuple(pixels.shape)}: must be (images, {self.num_channels}, rows, columns); "
+                f"num_channels = {self.num_channels}"
+            )
+        p = self.patch_size
+        if min(pixels.shape[2:]) < p:
+            raise ValueError(
+                f"pixel_values of {tuple(pixels.shape[2:])} pixels: must be {p} or more, one patch, each way"
+            )
+        pixels = pixels.to(self.proj.weight.dtype)
+        grid, position = self.grid, self.position
+        if tuple(pixels.shape[2:]) != self.image_size:
+            grid = (round(pixels.shape[2] / p), round(pixels.shape[3] / p))
+            pixels = self._resampled(pixels, grid)
+            position = F.interpolate(position[None], size=grid, mode="bilinear", align_corners=False)[0]
+        patches = pixels.unflatten(3, (grid[1], p)).unflatten(2, (grid[0], p))  # (B, C, rows, p, columns, p)
+        tokens = self.proj(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+        return tokens + position.flatten(1).T.to(tokens.dtype), grid
+
+    def _resampled(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, C, rows · p, columns · p): the patches of a grid, each of the extent trained at, side by side."""
+        pixels = F.interpolate(pixels, size=self.image_size, mode="bilinear", align_corners=False, antialias=True)
+        axes: list[Tensor] = []
+        for pixels_of, tokens in zip(self.image_size, grid, strict=True):
+            centre = (torch.arange(tokens, device=pixels.device) + 0.5) * (pixels_of / tokens)
+            offset = torch.arange(self.patch_size, device=pixels.device) - (self.patch_size - 1) / 2
+            at = (centre[:, None] + offset).flatten()  # in pixels from the edge, pixel i's middle at i + ½
+            axes.append((2 * at / pixels_of - 1).to(pixels.dtype))
+        where = torch.stack(torch.meshgrid(axes[1], axes[0], indexing="xy"), dim=-1)  # (Y, X, 2), x first
+        where = where.expand(len(pixels), -1, -1, -1)
+        return F.grid_sample(pixels, where, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+class ResonanceForImageClassification(ResonancePreTrainedModel):
+    """A label for an image of any size."""
+
+    main_input_name = "pixel_values"
+    base_model_prefix = ""
+
+    def __init__(self, config: ResonanceConfig) -> None:
+        super().__init__(config)
+        self.embed = PatchEmbedding(config)
+        self.backbone = Backbone(config)
+        mark_residual_maps(self.backbone)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = label_head(config)
+        self.post_init()
+
+    def forward(
+        self,
+        pixel_values: Tensor,
+        labels: Tensor | None = None,
+        output_hidden_states: bool | None = None,
+        **_: Any,
+    ) -> ImageClassifierOutput:
+        """Logits (B, labels) of images (B, C, rows, columns), and with ``labels`` the loss of
+        :func:`classification_loss`."""
+        x, grid = self.embed(pixel_values)
+        losses: list[Tensor] = []
+        x, _, hidden = self.backbone(x, grid=grid, return_hidden=bool(output_hidden_states), losses=losses)
+        pooled = pool(x, None, self.config.pooling)
+        logits = self.classifier(self.dropout(pooled.to(self.classifier.weight.dtype)))
+        loss = None
+        if labels is not None:
+            loss = classification_loss(logits, labels, self.config, self.training)
+            loss = loss + torch.stack(losses).sum() if losses and self.training else loss
+        return ImageClassifierOutput(
+            loss=loss,  # type: ignore[arg-type]
+            logits=logits,  # type: ignore[arg-type]
+            hidden_states=(*hidden, x) if output_hidden_states else None,
+        )
