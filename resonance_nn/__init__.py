@@ -2,8 +2,19 @@
 
 from resonance_nn.cache import ResonanceCache
 from resonance_nn.config import RECIPES, SIZES, ResonanceConfig
+from resonance_nn.image_processor import ResonanceImageProcessor
 from resonance_nn.mixers import MIXERS
-from resonance_nn.models import ResonanceForCausalLM, ResonanceModel, load_mamba2_layer, mamba2_config
+from resonance_nn.models import (
+    ResonanceForCausalLM,
+    ResonanceForImageClassification,
+    ResonanceForMaskedLM,
+    ResonanceForSentenceEmbedding,
+    ResonanceForSequenceClassification,
+    ResonanceForTokenClassification,
+    ResonanceModel,
+    load_mamba2_layer,
+    mamba2_config,
+)
 from resonance_nn.packing import pack_weights
 
 __version__ = "0.1.0"
@@ -15,6 +26,12 @@ __all__ = [
     "ResonanceCache",
     "ResonanceConfig",
     "ResonanceForCausalLM",
+    "ResonanceForImageClassification",
+    "ResonanceForMaskedLM",
+    "ResonanceForSentenceEmbedding",
+    "ResonanceForSequenceClassification",
+    "ResonanceForTokenClassification",
+    "ResonanceImageProcessor",
     "ResonanceModel",
     "load_mamba2_layer",
     "mamba2_config",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +29,7 @@ class TrainArguments:
 
     data: Sequence[str]  # files, folders, globs, "stdlib", "hub:org/name"
     output_dir: str | os.PathLike[str]
+    task: str = "text-generation"  # of resonance_nn.tasks.TASKS
     eval_data: Sequence[str] = ()  # empty: the last 5% of the documents
     text_field: str = "text"  # of JSONL
     binary: bool = False
@@ -48,13 +49,14 @@ class TrainArguments:
     epochs: float | None = None
     tokens: int | None = None
     seq_len: int = 512
-    batch_size: int = 8  # windows a process in one forward pass
+    batch_size: int | None = None  # windows or examples a process in one forward pass; None: the task's
     accumulate: int = 1  # forward passes a step
     lr: float | None = None  # None: 6e-3 of muon or 3e-3 of adamw, · 256 / width if that is less; a tenth with init
     warmup: float = 0.05  # below 1 a share of the steps, else steps
     optimizer: str = "muon"  # or "adamw", see resonance_nn.optim
     weight_decay: float = 0.1
     clip: float = 1.0  # 0 turns it off
+    augment: Sequence[str] | None = None  # what to change training examples by at random; the task says what there is
     precision: str = "auto"
     device: str = "auto"
     gradient_checkpointing: bool = False
@@ -91,10 +93,10 @@ class TrainArguments:
         for name in self.config:
             if name not in ResonanceConfig.__annotations__ or name in SET_BY_THE_RUN:
                 raise ValueError(f"config: {name!r} is not a field that can be set; see --help and ResonanceConfig")
-        for name, minimum in (("seq_len", 2), ("batch_size", 1), ("accumulate", 1), ("keep", 1)):
+        for name, minimum in (("seq_len", 2), ("accumulate", 1), ("keep", 1)):
             if getattr(self, name) < minimum:
                 refuse(name, f"≥ {minimum}")
-        for name in ("steps", "tokens", "save_every", "eval_every"):
+        for name in ("steps", "tokens", "save_every", "eval_every", "batch_size"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 refuse(name, "≥ 1")
         for name in ("lr", "epochs"):
@@ -127,8 +129,9 @@ class TrainArguments:
                 f"log_to = {self.log_to!r}: the package is not installed; pip install 'resonance-nn[track]'"
             )
 
-    def model_config(self) -> ResonanceConfig:
-        """The configuration of a new model, its vocabulary as wished for."""
+    def model_config(self, fields: Mapping[str, Any] | None = None) -> ResonanceConfig:
+        """The configuration of a new model, its vocabulary as wished for. ``fields``: of the task, where neither a
+        recipe nor an argument says otherwise."""
         given = {"mixers": self.mixers and tuple(self.mixers), **self.training_fields()}
         twice = [name for name in self.config if given.get(name) is not None or name == "vocab_size"]
         if twice:
@@ -138,8 +141,7 @@ class TrainArguments:
             self.size or "tiny",
             recipe=self.recipe or "default",
             vocab_size=8192 if self.vocab_size is None else self.vocab_size,
-            **given,
-            **self.config,
+            **{**({} if self.recipe else dict(fields or {})), **given, **self.config},
         )
 
     def training_fields(self) -> dict[str, float | None]:

@@ -82,6 +82,15 @@ def load_model(
     return model.eval(), tokenizer
 
 
+def load_weights(name: str, architecture: type[Any]) -> Any:
+    """A model to go on training as ``architecture``, in float32: one of its own kind, or what the two have in common,
+    such as the backbone of a language model under a new head. Raises ValueError."""
+    folder = _checkpoint_folder(Path(resolve_model(name)))
+    config = _load_config(folder)
+    with quiet_transformers():
+        return architecture.from_pretrained(str(folder), config=config, dtype=torch.float32, local_files_only=True)
+
+
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     """The byte-level tokenizer saved in ``folder``, without asking the network or running code of the checkpoint."""
     if not Path(folder).is_dir():

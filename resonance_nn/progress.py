@@ -53,10 +53,10 @@ class InterruptCallback(TrainerCallback):
 
 
 class ProgressCallback(TrainerCallback):
-    """A bar on a terminal, otherwise a line now and then: step, losses, tokens a second, learning rate, time left."""
+    """A bar on a terminal, otherwise a line now and then: step, losses, tokens or examples a second, time left."""
 
-    def __init__(self, tokens_per_step: int, enabled: bool = True) -> None:
-        self.tokens_per_step = tokens_per_step
+    def __init__(self, per_step: int, unit: str = "tokens", enabled: bool = True) -> None:
+        self.per_step, self.unit = per_step, unit
         self.enabled = enabled
         self.terminal = sys.stderr.isatty()
         self.steps = 0
@@ -66,8 +66,8 @@ class ProgressCallback(TrainerCallback):
         self._begin = self._last_line = 0.0
 
     @property
-    def tokens_per_second(self) -> float | None:
-        return self.steps * self.tokens_per_step / self.seconds if self.seconds else None
+    def units_per_second(self) -> float | None:
+        return self.steps * self.per_step / self.seconds if self.seconds else None
 
     def say(self, text: str) -> None:
         """A line on standard error."""
@@ -115,8 +115,8 @@ class ProgressCallback(TrainerCallback):
         ):
             if name in logs:
                 self._fields[label] = format(logs[name], form)
-        if self.tokens_per_second is not None:
-            self._fields["tok/s"] = f"{self.tokens_per_second:,.0f}"
+        if self.units_per_second is not None:
+            self._fields["tok/s" if self.unit == "tokens" else f"{self.unit}/s"] = f"{self.units_per_second:,.0f}"
         if self._bar is not None:
             self._bar.set_postfix(self._fields)
             return

@@ -10,17 +10,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
-from resonance_nn.data import DataError, Document
-from resonance_nn.data.text import documents_fingerprint
 from resonance_nn.files import atomic_path
-from resonance_nn.loading import load_tokenizer
 
 PARTIAL = ".partial"
 OWN = re.compile(
@@ -87,24 +84,15 @@ class RunFolder:
             )
 
     def _check_settings(self, run: dict[str, Any]) -> None:
-        old, new = self._run()["settings"], json.loads(json.dumps(run["settings"]))
+        old, new = self.run()["settings"], json.loads(json.dumps(run["settings"]))
         changed = [f"{n} was {old.get(n)!r} and is {new.get(n)!r}" for n in {**old, **new} if old.get(n) != new.get(n)]
         if changed:
             raise ValueError(
                 f"resume: {'; '.join(changed)}: give the arguments the run began with, or --overwrite to start anew"
             )
 
-    def check_data(self, documents: Sequence[list[Document]]) -> None:
-        """Refuse, by DataError, to resume on other documents than the run began with."""
-        tokenizer = load_tokenizer(self.data / "tokenizer")
-        for name, part in zip(("train", "eval"), documents, strict=True):
-            if documents_fingerprint(part, tokenizer) != self._run()["data"][name]:
-                raise DataError(
-                    f"resume: the {'training' if name == 'train' else 'held-out'} data is not what the run began with "
-                    "(other files, or changed ones); restore it, or --overwrite to start anew"
-                )
-
-    def _run(self) -> dict[str, Any]:
+    def run(self) -> dict[str, Any]:
+        """What the run was begun with."""
         try:
             return json.loads((self.data / "run.json").read_text(encoding="utf-8"))
         except ValueError as error:

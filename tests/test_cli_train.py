@@ -84,8 +84,8 @@ def test_every_flag_is_documented_and_read(text, tmp_path, monkeypatch, capsys):
     options = {p.name: p for p in get_command(app).commands["train"].params if p.name not in ("help", "json_file")}
     assert all(p.help for p in options.values())
     types = {f.name: f.type for f in fields(TrainArguments)}
-    values = {"config": {"conv_size": 2, "filters": "channel"}, "mixers": ("a", "b")}
-    words = ["--set", "conv_size=2", "--set", "filters=channel", "--mixers", "a,b"]
+    values = {"config": {"conv_size": 2, "filters": "channel"}, "mixers": ("a", "b"), "augment": ("flip", "crop")}
+    words = ["--set", "conv_size=2", "--set", "filters=channel", "--mixers", "a,b", "--augment", "flip, crop"]
     for i, name in enumerate(sorted(options.keys() - values.keys())):
         kind, flag, word = types[name].split(" ")[0], options[name].opts[0], f"{name}-{i}"
         values[name] = {"bool": True, "int": 100 + i, "float": 0.5 + i, "Sequence[str]": [word]}.get(kind, word)

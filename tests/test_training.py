@@ -132,9 +132,9 @@ def test_weight_decay_only_on_linear_maps_and_embeddings(arguments, monkeypatch,
                 seen.update({names[p]: group["weight_decay"] for p in group["params"]})
             seen["betas"] = next(group["betas"] for group in optimizer.param_groups if "betas" in group)
 
-    original = training_module._Trainer.run
+    original = training_module.ResonanceTrainer.run
     monkeypatch.setattr(
-        training_module._Trainer, "run", lambda self, path: (self.add_callback(Spy()), original(self, path))
+        training_module.ResonanceTrainer, "run", lambda self, path: (self.add_callback(Spy()), original(self, path))
     )
     mixers, config = ("spectral_gate", "resonance", "attention"), {**SMALL, "num_hidden_layers": 3}
     train(replace(arguments, steps=1, mixers=mixers, config=config, optimizer=optimizer))
@@ -158,7 +158,9 @@ def test_accumulation_equals_a_bigger_batch(arguments, tmp_path):
     for name in a:
         torch.testing.assert_close(a[name], b[name], atol=2e-3, rtol=0)
     model = ResonanceForCausalLM(ResonanceConfig(vocab_size=10, hidden_size=16, num_hidden_layers=1))
-    trainer = training_module._Trainer(model=model, args=TrainingArguments(output_dir=str(tmp_path), report_to="none"))
+    trainer = training_module.ResonanceTrainer(
+        model=model, args=TrainingArguments(output_dir=str(tmp_path), report_to="none")
+    )
     assert trainer.model_accepts_loss_kwargs
     assert trainer._loss_shifts_labels
 
@@ -207,7 +209,9 @@ def test_init_goes_on_with_a_model(arguments, tmp_path):
 @pytest.mark.parametrize(("optimizer", "rate"), [("muon", 6e-3), ("adamw", 3e-3)])
 def test_a_rate_of_its_own_for_each_optimizer(arguments, optimizer, rate):
     made = [
-        training_module._trainer_arguments(replace(arguments, **change), "cpu", "fp32", ResonanceConfig(hidden_size=D))
+        training_module._trainer_arguments(
+            replace(arguments, **change), "cpu", "fp32", ResonanceConfig(hidden_size=D), 8
+        )
         for change in ({"optimizer": optimizer}, {"optimizer": optimizer, "init": "model"}, {"lr": 0.5})
         for D in (64, 256, 512)
     ]

@@ -20,6 +20,9 @@ def train(
         typer.Option("--data", help="File, folder, glob, stdlib, or hub:org/name; repeatable.", show_default=False),
     ],
     output_dir: Annotated[str, typer.Option(help="Folder for the model and all of the run.", show_default=False)],
+    task: Annotated[
+        str, typer.Option(help="text-, image- or token-classification, or text-generation.")
+    ] = "text-generation",
     eval_data: Annotated[
         list[str] | None, typer.Option("--eval-data", help="Held-out text; default: the last 5% of the files.")
     ] = None,
@@ -59,7 +62,10 @@ def train(
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on.", rich_help_panel=BUDGET)] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=BUDGET)] = 512,
-    batch_size: Annotated[int, typer.Option(help="Windows in one forward pass.", rich_help_panel=BUDGET)] = 8,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="In one forward pass. Default: 8 windows of text, 64 examples.", rich_help_panel=BUDGET),
+    ] = None,
     accumulate: Annotated[int, typer.Option(help="Forward passes a step.", rich_help_panel=BUDGET)] = 1,
     lr: Annotated[
         float | None,
@@ -76,6 +82,13 @@ def train(
         float, typer.Option(help="On linear maps and embeddings.", rich_help_panel=OPTIMISER)
     ] = 0.1,
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0: no limit.", rich_help_panel=OPTIMISER)] = 1.0,
+    augment: Annotated[
+        str | None,
+        typer.Option(
+            help="By commas, changes of training examples at random: flip, crop, erase of images.",
+            rich_help_panel=OPTIMISER,
+        ),
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="auto, bf16, fp16 or fp32, of the matmuls.", rich_help_panel=OPTIMISER)
     ] = "auto",
@@ -117,6 +130,7 @@ def train(
     arguments = TrainArguments(
         data=data,
         output_dir=output_dir,
+        task=task,
         eval_data=eval_data or (),
         text_field=text_field,
         binary=binary,
@@ -141,6 +155,7 @@ def train(
         optimizer=optimizer,
         weight_decay=weight_decay,
         clip=clip,
+        augment=None if augment is None else tuple(name.strip() for name in augment.split(",")),
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
         compile=compile,
@@ -165,13 +180,21 @@ def train(
     if json_file is not None:
         write_json(json_file, result)
     out, summary = console_for(json_file), result["summary"]
+    where = shlex.quote(output_dir)
+    if task != "text-generation":
+        names = {"loss", *(name for name in summary if name.startswith("eval_"))} - {"eval_loss"}
+        figures = ", ".join(f"{name.removeprefix('eval_')} {_number(summary[name])}" for name in sorted(names))
+        out.print(
+            f"held-out loss {_number(summary['eval_loss'])}; {figures}; {summary['steps']:,} steps", soft_wrap=True
+        )
+        out.print(f"The model is in {where}.", soft_wrap=True, markup=False)
+        return
     out.print(
         f"held-out loss {_number(summary['eval_loss'])} nats a token, "
         f"{_number(summary['eval_bits_per_byte_in_windows'])} bits per byte in windows of {seq_len} tokens; "
         f"{summary['steps']:,} steps, {summary['tokens']:,} tokens",
         soft_wrap=True,
     )
-    where = shlex.quote(output_dir)
     out.print(f"The model is in {where}. Next:", soft_wrap=True, markup=False)
     sources = " ".join(f"--data {shlex.quote(spec)}" for spec in eval_data or data)
     sources += f" --text-field {shlex.quote(text_field)}" if text_field != "text" else ""

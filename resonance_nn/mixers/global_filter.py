@@ -64,7 +64,7 @@ class GlobalFilterMixer(Mixer):
         for K in sizes:  # from the offset 0, on a period of 2K tokens
             offset = torch.fft.fftfreq(2 * K, 1 / (2 * K), dtype=torch.float64)
             distance = distance[..., None] + offset.square()  # (2K) or (2K_y, 2K_x)
-        position = torch.linspace(0, 1, H * R, dtype=torch.float64) if H * R > 1 else torch.tensor([0.5])
+        position = (torch.arange(H * R, dtype=torch.float64) / (H * R - 1)) if H * R > 1 else torch.tensor([0.5])
         reach = torch.exp(position * math.log(max(sizes))).view(H, R, *[1] * len(sizes))
         h = torch.randn(H, R, *distance.shape, dtype=torch.float64) * torch.exp(-distance.sqrt() / reach)
         axes = tuple(range(2, h.dim()))

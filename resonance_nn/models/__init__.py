@@ -1,16 +1,45 @@
 """Models: inputs + Backbone + head + loss. Importing registers them with transformers' Auto classes."""
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+import transformers
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from resonance_nn.config import ResonanceConfig
-from resonance_nn.models.causal_lm import ResonanceForCausalLM, ResonanceModel
+from resonance_nn.image_processor import ResonanceImageProcessor
+from resonance_nn.models.base import ResonanceModel
+from resonance_nn.models.causal_lm import ResonanceForCausalLM
+from resonance_nn.models.encoder import (
+    ResonanceForMaskedLM,
+    ResonanceForSentenceEmbedding,
+    ResonanceForSequenceClassification,
+    ResonanceForTokenClassification,
+)
 from resonance_nn.models.mamba2 import load_mamba2_layer, mamba2_config
+from resonance_nn.models.vision import ResonanceForImageClassification
 
-AutoConfig.register(ResonanceConfig.model_type, ResonanceConfig, exist_ok=True)
-AutoModel.register(ResonanceConfig, ResonanceModel, exist_ok=True)
-AutoModelForCausalLM.register(ResonanceConfig, ResonanceForCausalLM, exist_ok=True)
+transformers.AutoConfig.register(ResonanceConfig.model_type, ResonanceConfig, exist_ok=True)
+for auto, model in (
+    (transformers.AutoModel, ResonanceModel),
+    (transformers.AutoModelForCausalLM, ResonanceForCausalLM),
+    (transformers.AutoModelForMaskedLM, ResonanceForMaskedLM),
+    (transformers.AutoModelForSequenceClassification, ResonanceForSequenceClassification),
+    (transformers.AutoModelForTokenClassification, ResonanceForTokenClassification),
+    (transformers.AutoModelForImageClassification, ResonanceForImageClassification),
+):
+    auto.register(ResonanceConfig, model, exist_ok=True)
+transformers.AutoImageProcessor.register(
+    ResonanceConfig, slow_image_processor_class=ResonanceImageProcessor, exist_ok=True
+)
 # by this table of names transformers' Trainer knows whose labels are shifted inside (its label smoothing needs it)
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ResonanceConfig.model_type] = ResonanceForCausalLM.__name__
 
-__all__ = ["ResonanceForCausalLM", "ResonanceModel", "load_mamba2_layer", "mamba2_config"]
+__all__ = [
+    "ResonanceForCausalLM",
+    "ResonanceForImageClassification",
+    "ResonanceForMaskedLM",
+    "ResonanceForSentenceEmbedding",
+    "ResonanceForSequenceClassification",
+    "ResonanceForTokenClassification",
+    "ResonanceModel",
+    "load_mamba2_layer",
+    "mamba2_config",
+]

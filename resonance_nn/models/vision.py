@@ -67,10 +67,11 @@ class PatchEmbedding(nn.Module):
         pixels = F.interpolate(pixels, size=self.image_size, mode="bilinear", align_corners=False, antialias=True)
         axes: list[Tensor] = []
         for pixels_of, tokens in zip(self.image_size, grid, strict=True):
-            centre = (torch.arange(tokens, device=pixels.device) + 0.5) * (pixels_of / tokens)
-            offset = torch.arange(self.patch_size, device=pixels.device) - (self.patch_size - 1) / 2
+            places = torch.arange(max(tokens, self.patch_size), device=pixels.device, dtype=pixels.dtype)
+            centre = (places[:tokens] + 0.5) * (pixels_of / tokens)
+            offset = places[: self.patch_size] - (self.patch_size - 1) / 2
             at = (centre[:, None] + offset).flatten()  # in pixels from the edge, pixel i's middle at i + ½
-            axes.append((2 * at / pixels_of - 1).to(pixels.dtype))
+            axes.append(2 * at / pixels_of - 1)
         where = torch.stack(torch.meshgrid(axes[1], axes[0], indexing="xy"), dim=-1)  # (Y, X, 2), x first
         where = where.expand(len(pixels), -1, -1, -1)
         return F.grid_sample(pixels, where, mode="bilinear", padding_mode="border", align_corners=False)

@@ -1,0 +1,96 @@
+"""Rows of named fields from files: .jsonl, .csv and .tsv, gzipped or not, and lines of parallel texts."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from resonance_nn.data.documents import DataError
+
+KINDS = (".jsonl", ".csv", ".tsv")
+Row = dict[str, Any]
+
+
+def read_lines(path: str | os.PathLike[str]) -> list[str]:
+    """The lines of a text file, gzipped or not, without their ends. Raises DataError."""
+    try:
+        raw = Path(path).read_bytes()
+        if raw[:2] == b"\x1f\x8b":
+            raw = gzip.decompress(raw)
+        text = raw.decode("utf-8-sig")
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file") from None
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path}: cannot be read ({error})") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: is not UTF-8 text (byte {error.start:,}); save it as UTF-8") from error
+    return text.splitlines() if "\r" in text else text.split("\n")[: -1 if text.endswith("\n") else None]
+
+
+def read_table(path: str | os.PathLike[str], fields: Sequence[str]) -> list[Row]:
+    """The rows of a table, each with at least ``fields``.
+
+    .jsonl: an object a line. .csv and .tsv: with a first line of names, or, in a .tsv of just as many columns as
+    ``fields`` without one, in their order.
+
+    Raises:
+        DataError: not such a file, or a row without one of the fields; it names the line.
+    """
+    name = str(path)
+    kind = Path(name.removesuffix(".gz")).suffix
+    if kind not in KINDS:
+        raise DataError(f"{name}: a table is a {', '.join(KINDS)} file (or one of them with .gz)")
+    lines = read_lines(path)
+    rows = _objects(name, lines) if kind == ".jsonl" else _columns(name, lines, fields, "," if kind == ".csv" else "\t")
+    if not rows:
+        raise DataError(f"{name}: is empty")
+    for number, row in rows:
+        for field in fields:
+            if row.get(field) is None:
+                raise DataError(f"{name}:{number}: has no {field!r}; a row needs {', '.join(fields)}")
+    return [row for _, row in rows]
+
+
+def _objects(name: str, lines: Sequence[str]) -> list[tuple[int, Row]]:
+    rows: list[tuple[int, Row]] = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise DataError(f"{name}:{number}: is not JSON ({error})") from error
+        if not isinstance(row, dict):
+            raise DataError(f'{name}:{number}: is not a JSON object, such as {{"text": …}}')
+        rows.append((number, row))
+    return rows
+
+
+def _columns(name: str, lines: Sequence[str], fields: Sequence[str], delimiter: str) -> list[tuple[int, Row]]:
+    quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    try:
+        reader = csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter, quoting=quoting, strict=True)
+        cells = [(reader.line_num, row) for row in reader if row]
+    except csv.Error as error:
+        raise DataError(f"{name}: is not a table ({error})") from error
+    if not cells:
+        return []
+    head = cells[0][1]
+    if set(fields) <= set(head):
+        cells = cells[1:]
+    elif delimiter == "\t" and len(head) == len(fields):
+        head = list(fields)
+    else:
+        missing = next(field for field in fields if field not in head)
+        raise DataError(f"{name}:1: has no column {missing!r}; its first line must name {', '.join(fields)}")
+    for number, row in cells:
+        if len(row) != len(head):
+            raise DataError(f"{name}:{number}: has {len(row)} columns, not {len(head)}")
+    return [(number, dict(zip(head, row, strict=True))) for number, row in cells]

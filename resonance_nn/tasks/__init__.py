@@ -1,0 +1,12 @@
+"""What ``resonance train --task`` can train: each a file of data in, a model and batches out."""
+
+from resonance_nn.tasks.base import Build, Learning, Task
+from resonance_nn.tasks.images import ImageClassification
+from resonance_nn.tasks.language import LanguageModelling
+from resonance_nn.tasks.text import TextClassification, TokenClassification
+
+TASKS: dict[str, type[Task]] = {
+    task.name: task for task in (LanguageModelling, TextClassification, TokenClassification, ImageClassification)
+}
+
+__all__ = ["TASKS", "Build", "LanguageModelling", "Learning", "Task", "TextClassification", "TokenClassification"]

@@ -1,0 +1,138 @@
+"""What a task is to the training loop: data in, a model and batches out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch.utils.data import Dataset
+from transformers import DefaultDataCollator, EvalPrediction, PreTrainedModel, TrainerState, set_seed
+
+from resonance_nn.arguments import TrainArguments
+from resonance_nn.config import ResonanceConfig
+from resonance_nn.data.documents import DataError
+from resonance_nn.models.base import ResonancePreTrainedModel
+
+Build = Callable[[ResonanceConfig], PreTrainedModel]
+
+
+@dataclass
+class Learning:
+    """What the Trainer needs."""
+
+    model: PreTrainedModel
+    processor: Any  # what makes inputs: saved beside the model
+    train_set: Dataset[Any]
+    eval_set: Dataset[Any]
+    per_example: int = 1  # units an example, for the progress bar
+    unit: str = "examples"
+    collate: Callable[[list[Any]], dict[str, Any]] = field(default_factory=DefaultDataCollator)
+    metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+    augment: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # random changes of a batch to train on
+    text: str = ""  # about the data, for people
+
+
+class Task(ABC):
+    """One thing to train a model for, in the order in which the training loop calls.
+
+    Nothing is written before :meth:`initial` and :meth:`read` have returned.
+    """
+
+    name: ClassVar[str]
+    data: ClassVar[str]  # what --data names, for people
+    architecture: ClassVar[type[ResonancePreTrainedModel]]
+    fields: ClassVar[Mapping[str, Any]] = {}  # of the configuration, where nobody says otherwise
+    batch_size: ClassVar[int] = 64
+    metric: ClassVar[str] = "eval_loss"  # the one to name first
+
+    def __init__(self, arguments: TrainArguments, build: Build | None = None) -> None:
+        self.arguments = arguments
+        self.build: Build = self.architecture if build is None else build
+
+    @abstractmethod
+    def initial(self) -> ResonanceConfig:
+        """Check what can be checked without data, and load what the run starts from; the configuration as far as it
+        is known. Raises ValueError."""
+
+    @abstractmethod
+    def read(self) -> Any:
+        """The data. Raises DataError."""
+
+    @abstractmethod
+    def write(self, examples: Any, folder: Path) -> dict[str, str]:
+        """Write into ``folder`` what a resumed run must share, such as a tokenizer; fingerprints of the data."""
+
+    @abstractmethod
+    def fingerprints(self, examples: Any, folder: Path) -> dict[str, str]:
+        """Those that :meth:`write` gave for the same data."""
+
+    @abstractmethod
+    def learning(self, examples: Any, folder: Path) -> Learning:
+        """The model and its batches, from what :meth:`write` wrote."""
+
+    def new_model(self, config: ResonanceConfig) -> PreTrainedModel:
+        """From the run's seed. Raises ValueError where it does not fit into memory."""
+        set_seed(self.arguments.seed)
+        try:
+            return self.build(config)
+        except (MemoryError, RuntimeError) as error:
+            raise ValueError(
+                f"the model does not fit into memory ({str(error).splitlines()[0]}); take a smaller one"
+            ) from error
+
+    def summary(self, state: TrainerState, learning: Learning) -> dict[str, Any]:
+        """Figures of a finished run."""
+        return {**training_loss(state), **last_metrics(state)}
+
+
+def training_loss(state: TrainerState) -> dict[str, float | None]:
+    """The mean training loss of the last tenth of the steps."""
+    losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
+    last = losses[-max(1, len(losses) // 10) :]
+    return {"loss": sum(last) / len(last) if last else None}
+
+
+def last_metrics(state: TrainerState) -> dict[str, float]:
+    """The figures of the last evaluation, their names beginning with eval_."""
+    measured = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
+    timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
+    return {name: value for name, value in measured.items() if name.startswith("eval_") and name not in timing}
+
+
+def fingerprint(values: Any) -> str:
+    """Of anything that JSON can say."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def split_examples(examples: Sequence[Any], share: float = 0.05, seed: int = 0) -> tuple[list[Any], list[Any]]:
+    """A random share held out, the same each time: of all examples, at least one.
+
+    Raises:
+        DataError: there are fewer than two.
+    """
+    if len(examples) < 2:
+        raise DataError(f"{len(examples)} example: two or more are needed, one to train on and one held out")
+    order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
+    held_out = max(1, round(share * len(examples)))
+    return [examples[i] for i in sorted(order[held_out:])], [examples[i] for i in sorted(order[:held_out])]
+
+
+def label_names(labels: Sequence[str], held_out: Sequence[str] = ()) -> list[str]:
+    """The classes in the training data, sorted, numbers by value.
+
+    Raises:
+        DataError: there is only one, or the held-out data have one of their own.
+    """
+    found = set(labels)
+    if len(found) < 2:
+        raise DataError(f"the training data have one label, {min(found, default='none')!r}; two or more are needed")
+    if new := set(held_out) - found:
+        raise DataError(f"the held-out data have the label {min(new)!r}, which the training data do not have")
+    numbers = all(name.lstrip("-").isdigit() for name in found)
+    return sorted(found, key=(lambda name: (int(name), name)) if numbers else None)

@@ -1,0 +1,241 @@
+"""``image-classification``: a class for a picture."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+from transformers import EvalPrediction
+
+from resonance_nn.config import ResonanceConfig
+from resonance_nn.data.documents import DataError
+from resonance_nn.data.images import channels_of, read_idx
+from resonance_nn.data.tables import KINDS, read_table
+from resonance_nn.image_processor import ResonanceImageProcessor
+from resonance_nn.loading import load_weights
+from resonance_nn.models.vision import ResonanceForImageClassification
+from resonance_nn.rundir import write_errors
+from resonance_nn.tasks.base import Learning, Task, label_names, split_examples
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+SAMPLED = 2000  # pictures that mean and deviation are taken of
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A file, or bytes (rows, columns), and its class."""
+
+    source: str | np.ndarray
+    label: str
+
+
+def find_pictures(path: str) -> list[Picture]:
+    """Of a folder with a folder a class, of a table (.csv, .tsv, .jsonl) with image (a path from there) and label, or
+    of an IDX file of images, beside which lies that of their labels. Raises DataError."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        found = [
+            Picture(str(file), folder.name)
+            for folder in sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+            for file in sorted(folder.rglob("*"))
+            if file.suffix.lower() in SUFFIXES
+        ]
+        if not found:
+            raise DataError(
+                f"{path}: no pictures in folders in it; a folder holds one for each class, with its pictures"
+            )
+        return found
+    if not place.is_file():
+        raise DataError(f"{path}: no such file or folder")
+    if place.name.removesuffix(".gz").endswith(KINDS):
+        return [
+            Picture(str(place.parent / row["image"]), str(row["label"])) for row in read_table(path, ("image", "label"))
+        ]
+    images = read_idx(place)
+    beside = place.parent / place.name.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1")
+    if images.ndim != 3 or beside == place or not beside.is_file():
+        raise DataError(
+            f"{path}: an IDX file of images is called …images-idx3-ubyte, and …labels-idx1-ubyte lies beside it"
+        )
+    labels = read_idx(beside)
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"{beside}: has {len(labels):,} labels for {len(images):,} images")
+    return [Picture(image, str(label)) for image, label in zip(images, labels.tolist(), strict=True)]
+
+
+class Pictures(Dataset[Any]):
+    """Bytes (rows, columns, channels) of one size, and classes."""
+
+    def __init__(
+        self, pictures: Sequence[Picture], classes: Sequence[str], processor: ResonanceImageProcessor,
+        size: tuple[int, int],
+    ) -> None:  # fmt: skip
+        self.pictures, self.processor, self.size = pictures, processor, size
+        self.classes = {name: i for i, name in enumerate(classes)}
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        picture = self.pictures[i]
+        pixels = self.processor.array(picture.source, self.size)
+        return {"pixels": pixels, "labels": self.classes[picture.label]}
+
+
+class ImageClassification(Task):
+    """Pictures in one size, which is the commonest of the training ones unless ``image_size`` is given."""
+
+    name = "image-classification"
+    data = "a folder with a folder a class, a table with image and label, or MNIST's files (…images-idx3-ubyte.gz)"
+    fields = {"mixers": ("global_filter",)}  # noqa: RUF012
+    batch_size = 128
+    metric = "eval_accuracy"
+    architecture = ResonanceForImageClassification
+
+    def initial(self) -> ResonanceConfig:
+        a = self.arguments
+        self.model: Any = None
+        self.augment = augmentation(a.augment)
+        if a.init:
+            self.model = load_weights(a.init, self.architecture)
+            return self.model.config
+        return a.model_config(self.fields)
+
+    def read(self) -> tuple[list[Picture], list[Picture]]:
+        """The pictures to train on and those held out."""
+        a = self.arguments
+        found = [picture for path in a.data for picture in find_pictures(path)]
+        if a.eval_data:
+            return found, [picture for path in a.eval_data for picture in find_pictures(path)]
+        return split_examples(found)
+
+    def write(self, examples: tuple[list[Picture], list[Picture]], folder: Path) -> dict[str, str]:
+        labels = label_names(*([picture.label for picture in part] for part in examples))
+        fields = self.arguments.config
+        size, channels = fields.get("image_size"), fields.get("num_channels")
+        sample = examples[0][:: max(1, len(examples[0]) // SAMPLED)]
+        if channels is None:
+            channels = max(channels_of(p.source) if isinstance(p.source, str) else 1 for p in sample)
+        processor = ResonanceImageProcessor(channels)
+        arrays = [processor.array(picture.source) for picture in sample]
+        if size is None:
+            shapes = [array.shape[:2] for array in arrays]
+            patch = int(fields.get("patch_size", ResonanceConfig.patch_size))
+            rows, columns = max(set(shapes), key=shapes.count)
+            size = (max(1, rows // patch) * patch, max(1, columns // patch) * patch)
+        pixels = np.concatenate([array.reshape(-1, channels) for array in arrays]) / 255
+        facts = {
+            "labels": labels,
+            "image_size": size,
+            "num_channels": channels,
+            "mean": pixels.mean(0).round(4).tolist(),
+            "std": np.maximum(pixels.std(0), 1e-2).round(4).tolist(),
+        }
+        with write_errors(folder):
+            (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return self.fingerprints(examples, folder)
+
+    def fingerprints(self, examples: tuple[list[Picture], list[Picture]], folder: Path) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name, part in zip(("train", "eval"), examples, strict=True):
+            digest = hashlib.sha256()
+            for picture in part:
+                source = picture.source
+                content = Path(source).read_bytes() if isinstance(source, str) else source.tobytes()
+                digest.update(f"{picture.label} ".encode())
+                digest.update(content)
+            found[name] = digest.hexdigest()
+        return found
+
+    def learning(self, examples: tuple[list[Picture], list[Picture]], folder: Path) -> Learning:
+        facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        processor = ResonanceImageProcessor(facts["num_channels"], facts["mean"], facts["std"])
+        model = self.model
+        if model is None:
+            own = {name: facts[name] for name in ("image_size", "num_channels")}
+            config = self.arguments.model_config({**self.fields, **own})
+            config.id2label = dict(enumerate(facts["labels"]))
+            config.label2id = {name: i for i, name in enumerate(facts["labels"])}
+            model = self.new_model(config)
+        size = model.config.image_size
+        size = size if isinstance(size, tuple) else (size, size)
+        train_set, eval_set = (Pictures(part, facts["labels"], processor, size) for part in examples)
+        shape = f"{facts['num_channels']} × {size[0]} × {size[1]}"
+        return Learning(
+            model,
+            processor,
+            train_set,
+            eval_set,
+            unit="images",
+            collate=PictureBatch(processor),
+            augment=self._changed if self.augment else None,
+            metrics=accuracy,
+            text=f"{len(train_set):,} images of {shape} and {len(eval_set):,} held out",
+        )
+
+    def _changed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        assert self.augment is not None
+        return {**batch, "pixel_values": self.augment(batch["pixel_values"])}
+
+
+class PictureBatch:
+    """Bytes -> pixel values."""
+
+    def __init__(self, processor: ResonanceImageProcessor) -> None:
+        self.processor = processor
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        pixels = torch.from_numpy(np.stack([example["pixels"] for example in examples]))
+        labels = torch.tensor([example["labels"] for example in examples])
+        return {"pixel_values": self.processor.normalise(pixels), "labels": labels}
+
+
+AUGMENTATIONS = ("flip", "crop", "erase")
+
+
+def augmentation(names: Sequence[str] | None) -> Callable[[Tensor], Tensor] | None:
+    """Random changes of normalised images (B, C, rows, columns), by kornia: "flip" left to right; "crop", shifted by up
+    to an eighth, the mean moving in; "erase", a rectangle of 2–20% set to the mean, in every fourth. None is none.
+
+    Raises:
+        ValueError: an unknown one, or kornia is missing.
+    """
+    if not names:
+        return None
+    for name in names:
+        if name not in AUGMENTATIONS:
+            raise ValueError(f"augment = {name!r}: must be of {', '.join(AUGMENTATIONS)}")
+    try:
+        from kornia import augmentation as kornia
+    except ImportError as error:
+        raise ValueError(f"augment = {', '.join(names)}: needs kornia; pip install 'resonance-nn[images]'") from error
+    steps: list[nn.Module] = []
+    if "flip" in names:
+        steps.append(kornia.RandomHorizontalFlip(p=0.5))
+    if "erase" in names:
+        steps.append(kornia.RandomErasing(p=0.25, scale=(0.02, 0.2)))
+
+    def apply(values: Tensor) -> Tensor:
+        if "crop" in names:
+            rows, columns = values.shape[2:]
+            shift = kornia.RandomCrop((rows, columns), padding=(columns // 8, rows // 8))
+            values = shift(values)
+        for step in steps:
+            values = step(values)
+        return values
+
+    return apply
+
+
+def accuracy(prediction: EvalPrediction) -> dict[str, float]:
+    """The share of right classes."""
+    right = np.asarray(prediction.predictions).argmax(-1) == np.asarray(prediction.label_ids)
+    return {"accuracy": float(right.mean())}

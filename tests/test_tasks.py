@@ -1,0 +1,190 @@
+"""`resonance train --task`: tables and pictures in, models that have learned them out; resumed bit for bit."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, pipeline
+
+from resonance_nn.cli import main
+from resonance_nn.data.documents import DataError
+from resonance_nn.data.tables import read_lines, read_table
+from resonance_nn.tasks import TASKS
+from resonance_nn.tasks.base import label_names, split_examples
+
+SMALL = ["--set", "hidden_size=32", "--set", "num_hidden_layers=2", "--set", "chunk_size=16"]
+SMALL += ["--precision", "fp32", "--lr", "1e-2"]
+COLOURS = {"red": 200, "blue": 60}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Texts whose class is whether they say good or bad, words whose class is whether they are numbers, and pictures
+    that are light above or below."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    words = ["the", "a", "film", "plot", "actor", "is", "was", "very", "so", "quite"]
+    lines, tagged = [], []
+    for i in range(200):
+        around = [str(w) for w in rng.choice(words, rng.integers(3, 9))]
+        around.insert(int(rng.integers(len(around))), ("good", "bad")[i % 2])
+        lines.append("\t".join((" ".join(around), ("pos", "neg")[i % 2])))
+        tokens = [str(rng.integers(1000)) if rng.random() < 0.3 else str(rng.choice(words)) for _ in range(6)]
+        tagged.append(json.dumps({"tokens": tokens, "tags": ["NUM" if t.isdigit() else "WORD" for t in tokens]}))
+    (folder / "texts.tsv").write_text("\n".join(lines) + "\n")
+    (folder / "words.jsonl").write_text("\n".join(tagged) + "\n")
+    for name in COLOURS:
+        (folder / "pictures" / name).mkdir(parents=True)
+        for i in range(40):
+            pixels = rng.integers(0, 60, (8, 8), dtype=np.uint8)
+            pixels[: 4 if name == "red" else 8, :][-4:] += 120
+            Image.fromarray(pixels).save(folder / "pictures" / name / f"{i}.png")
+    return folder
+
+
+CASES = {
+    "text-classification": ("texts.tsv", ["--vocab-size", "300"], 60),
+    "token-classification": ("words.jsonl", ["--vocab-size", "300"], 60),
+    "image-classification": ("pictures", ["--set", "patch_size=2", "--augment", "crop,erase"], 40),
+}
+
+
+def words_of(task: str, data: Any, output: Any, steps: int, *more: str) -> list[str]:
+    source, extra, _ = CASES[task]
+    words = ["train", "--task", task, "--data", str(data / source), "--output-dir", str(output), "--batch-size", "16"]
+    return [*words, "--steps", str(steps), *SMALL, *extra, *more]
+
+
+@pytest.mark.parametrize("task", CASES)
+def test_it_learns(task, data, tmp_path, capsys):
+    output = tmp_path / "run"
+    assert main(words_of(task, data, output, CASES[task][2], "--json", str(tmp_path / "r.json"))) == 0
+    result = json.loads((tmp_path / "r.json").read_text())
+    assert result["summary"]["task"] == task
+    assert result["summary"]["eval_accuracy"] > 0.85
+    assert "accuracy" in capsys.readouterr().out
+    rows = {row["metric"]: row["ours"] for row in result["rows"]}
+    assert rows["eval_accuracy"] == result["summary"]["eval_accuracy"]
+    assert {p.name for p in output.iterdir()} >= {"config.json", "model.safetensors", "train.json", "loss.png"}
+
+
+def test_the_models_work_in_pipelines(data, tmp_path):
+    for task, checks in (
+        ("text-classification", [("the film is so good", "pos"), ("a plot was quite bad", "neg")]),
+        ("image-classification", [(str(data / "pictures" / name / "3.png"), name) for name in COLOURS]),
+    ):
+        assert main(words_of(task, data, tmp_path / task, CASES[task][2])) == 0
+        run = pipeline(task, model=str(tmp_path / task))
+        for given, label in checks:
+            assert run(given)[0]["label"] == label
+    assert AutoTokenizer.from_pretrained(tmp_path / "text-classification").pad_token_id is not None
+
+
+@pytest.mark.parametrize("task", ["text-classification", "image-classification"])
+def test_resume_is_bit_equal(task, data, tmp_path):
+    assert main(words_of(task, data, tmp_path / "whole", 12, "--save-every", "6", "--keep", "9")) == 0
+    parts = words_of(task, data, tmp_path / "parts", 12, "--save-every", "6", "--keep", "9")
+    assert main(parts) == 0
+    for name in ("checkpoint-12", "train.json", "model.safetensors"):
+        path = tmp_path / "parts" / name
+        if path.is_dir():
+            path.rename(tmp_path / "aside")
+        else:
+            path.unlink()
+    assert main([*parts, "--resume"]) == 0
+    a, b = (load_file(tmp_path / which / "model.safetensors") for which in ("whole", "parts"))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_resume_refuses_other_data(data, tmp_path, capsys):
+    table = tmp_path / "texts.tsv"
+    table.write_text((data / "texts.tsv").read_text())
+    words = [w if w != str(data / "texts.tsv") else str(table) for w in
+             words_of("text-classification", data, tmp_path / "run", 4, "--save-every", "2")]  # fmt: skip
+    assert main(words) == 0
+    (tmp_path / "run" / "train.json").unlink()
+    table.write_text(table.read_text().replace("good", "great"))
+    assert main([*words, "--resume"]) == 2
+    assert "the training data is not what the run began with" in capsys.readouterr().err
+
+
+def test_going_on_from_a_model_of_the_same_or_another_kind(data, tmp_path):
+    assert main(words_of("text-classification", data, tmp_path / "first", 40)) == 0
+    words = ["train", "--task", "text-classification", "--data", str(data / "texts.tsv"), "--precision", "fp32"]
+    words += ["--steps", "1", "--batch-size", "16", "--lr", "1e-9", "--init", str(tmp_path / "first")]
+    assert main([*words, "--output-dir", str(tmp_path / "second")]) == 0
+    result = json.loads((tmp_path / "second" / "train.json").read_text())
+    assert result["summary"]["eval_accuracy"] > 0.85
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.tsv", "one two three\n", "its first line must name text, label"),
+        ("a.tsv", "good\tpos\nbad\n", "a.tsv:2: has 1 columns, not 2"),
+        ("a.csv", "text,class\ngood,pos\n", "has no column 'label'"),
+        ("a.csv", 'text,label\n"good,pos\n', "is not a table"),
+        ("a.jsonl", '{"text": "good"}\n', "a.jsonl:1: has no 'label'"),
+        ("a.jsonl", "good\n", "a.jsonl:1: is not JSON"),
+        ("a.jsonl", "[1]\n", "is not a JSON object"),
+        ("a.tsv", "", "is empty"),
+        ("a.tsv", "good\tpos\n  \tneg\n", "row 2: its text is"),
+        ("a.tsv", "good\tpos\nbad\tpos\n", "the training data have one label, 'pos'"),
+        ("a.tsv", b"\xff\xfe\tpos\n", "is not UTF-8 text"),
+        ("a.txt", "good\n", "a table is a .jsonl, .csv, .tsv file"),
+        (None, "", "no such file"),
+    ],
+)
+def test_tables_that_are_none(name, content, message, tmp_path, capsys):
+    path = tmp_path / (name or "nowhere.tsv")
+    if name:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    words = ["train", "--task", "text-classification", "--data", str(path), "--output-dir", str(tmp_path / "run")]
+    assert main([*words, *SMALL, "--steps", "1"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_other_bad_data(data, tmp_path, capsys):
+    held_out = tmp_path / "e.tsv"
+    held_out.write_text("good\tother\n")
+    words = words_of("text-classification", data, tmp_path / "run", 1, "--eval-data", str(held_out))
+    assert main(words) == 2
+    assert "the held-out data have the label 'other'" in capsys.readouterr().err
+    assert main(["train", "--task", "mind-reading", "--data", "x", "--output-dir", str(tmp_path / "run")]) == 2
+    assert f"must be one of {', '.join(TASKS)}" in capsys.readouterr().err
+    assert main(words_of("image-classification", data, tmp_path / "run", 1, "--set", "image_size=9")) == 2
+    assert "multiples of patch_size" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_read_table(tmp_path):
+    (tmp_path / "a.csv").write_text('label,text\n1,"two, with\ta comma"\n')
+    assert read_table(tmp_path / "a.csv", ("text", "label")) == [{"label": "1", "text": "two, with\ta comma"}]
+    (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(b'a "quote\tx\n'))
+    assert read_table(tmp_path / "a.tsv.gz", ("text", "label")) == [{"text": 'a "quote', "label": "x"}]
+    (tmp_path / "lines").write_bytes(b"a\r\nb\r\n")
+    assert read_lines(tmp_path / "lines") == ["a", "b"]
+    (tmp_path / "lines").write_bytes("a\x0b b\u2028c\nd\n\ne".encode())
+    assert read_lines(tmp_path / "lines") == ["a\x0b b\u2028c", "d", "", "e"]
+
+
+def test_splits_and_labels():
+    train, held_out = split_examples(list(range(100)), 0.1)
+    assert len(held_out) == 10
+    assert sorted(train + held_out) == list(range(100))
+    assert split_examples(list(range(100)), 0.1) == (train, held_out)
+    with pytest.raises(DataError, match="1 example"):
+        split_examples([1])
+    assert label_names(["10", "9", "-1"]) == ["-1", "9", "10"]
+    assert label_names(["b", "a", "10"]) == ["10", "a", "b"]
