@@ -144,6 +144,14 @@ class TrainArguments:
             **{**({} if self.recipe else dict(fields or {})), **given, **self.config},
         )
 
+    def changed(self, config: ResonanceConfig) -> ResonanceConfig:
+        """That of the model to start from, with the fields that change how it is trained. Raises ValueError."""
+        changes = {name: value for name, value in self.training_fields().items() if value is not None}
+        ResonanceConfig(**{**config.to_dict(), **changes})  # checks them
+        for name, value in changes.items():
+            setattr(config, name, value)
+        return config
+
     def training_fields(self) -> dict[str, float | None]:
         """Fields of the config that change how a model is trained, and not the model."""
         return {

@@ -82,13 +82,19 @@ def load_model(
     return model.eval(), tokenizer
 
 
-def load_weights(name: str, architecture: type[Any]) -> Any:
+def load_config(name: str) -> ResonanceConfig:
+    """That of a model. Raises ValueError."""
+    return _load_config(_checkpoint_folder(Path(resolve_model(name))))
+
+
+def load_weights(name: str, architecture: type[Any], config: ResonanceConfig) -> Any:
     """A model to go on training as ``architecture``, in float32: one of its own kind, or what the two have in common,
-    such as the backbone of a language model under a new head. Raises ValueError."""
+    such as the backbone of a language model under a new head. Raises ValueError where they have nothing."""
     folder = _checkpoint_folder(Path(resolve_model(name)))
-    config = _load_config(folder)
-    with quiet_transformers():
-        return architecture.from_pretrained(str(folder), config=config, dtype=torch.float32, local_files_only=True)
+    model, info = _read_weights(folder, architecture, config, torch.float32)
+    if lacking := [key for key in sorted(info["missing_keys"]) if "backbone" in key or "embed" in key]:
+        raise ValueError(f"model {name!r}: has no {lacking[0]}; go on from a model of the same inputs")
+    return model
 
 
 def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
@@ -140,24 +146,30 @@ def _load_config(folder: Path) -> ResonanceConfig:
         raise ValueError(f"model {str(folder)!r}: config.json: {_first_line(error)}") from error
 
 
-def _load_weights(folder: Path, config: ResonanceConfig, dtype: torch.dtype | None) -> ResonanceForCausalLM:
+def _read_weights(
+    folder: Path, architecture: type[Any], config: ResonanceConfig, dtype: torch.dtype | None
+) -> tuple[Any, dict[str, Any]]:
+    """The model, and what of the weights did not fit, as transformers reports it. Raises ValueError."""
     if not _has_weights(folder):
         raise ValueError(f"model {str(folder)!r}: has no model.safetensors (other formats are not read)")
     try:
         with quiet_transformers():
-            loaded: Any = ResonanceForCausalLM.from_pretrained(
+            return architecture.from_pretrained(
                 str(folder),
                 config=config,
                 dtype="auto" if dtype is None else dtype,
                 use_safetensors=True,
                 local_files_only=True,
                 trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # reported below, in one line
+                ignore_mismatched_sizes=True,  # the callers say so in one line, or begin a new head
                 output_loading_info=True,
             )
-        model, info = loaded
     except (SafetensorError, OSError, RuntimeError, json.JSONDecodeError) as error:
         raise ValueError(f"model {str(folder)!r}: its weights cannot be read ({_first_line(error)})") from error
+
+
+def _load_weights(folder: Path, config: ResonanceConfig, dtype: torch.dtype | None) -> ResonanceForCausalLM:
+    model, info = _read_weights(folder, ResonanceForCausalLM, config, dtype)
     for what, names in (
         ("lack", info["missing_keys"]),
         ("have the wrong shape for", {name for name, *_ in info["mismatched_keys"]}),

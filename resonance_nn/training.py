@@ -73,6 +73,7 @@ def train(arguments: TrainArguments, build: Build | None = None) -> dict[str, An
     model = learning.model
     steps = _set_steps(arguments, trainer_arguments, batch_size, len(learning.train_set))  # type: ignore[arg-type]
     trainer_arguments.prediction_loss_only = learning.metrics is None
+    trainer_arguments.label_names = list(learning.labels)
     trainer = ResonanceTrainer(
         model=model,
         args=trainer_arguments,

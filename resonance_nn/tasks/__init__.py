@@ -3,10 +3,19 @@
 from resonance_nn.tasks.base import Build, Learning, Task
 from resonance_nn.tasks.images import ImageClassification
 from resonance_nn.tasks.language import LanguageModelling
-from resonance_nn.tasks.text import TextClassification, TokenClassification
+from resonance_nn.tasks.masked import MaskedLanguageModelling
+from resonance_nn.tasks.text import SentenceEmbedding, TextClassification, TokenClassification
 
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (LanguageModelling, TextClassification, TokenClassification, ImageClassification)
+    task.name: task
+    for task in (
+        LanguageModelling,
+        MaskedLanguageModelling,
+        TextClassification,
+        TokenClassification,
+        SentenceEmbedding,
+        ImageClassification,
+    )
 }
 
-__all__ = ["TASKS", "Build", "LanguageModelling", "Learning", "Task", "TextClassification", "TokenClassification"]
+__all__ = ["TASKS", "Build", "Learning", "Task"]

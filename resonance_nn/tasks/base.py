@@ -17,6 +17,7 @@ from transformers import DefaultDataCollator, EvalPrediction, PreTrainedModel, T
 from resonance_nn.arguments import TrainArguments
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data.documents import DataError
+from resonance_nn.loading import load_weights
 from resonance_nn.models.base import ResonancePreTrainedModel
 
 Build = Callable[[ResonanceConfig], PreTrainedModel]
@@ -34,6 +35,7 @@ class Learning:
     unit: str = "examples"
     collate: Callable[[list[Any]], dict[str, Any]] = field(default_factory=DefaultDataCollator)
     metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
+    labels: tuple[str, ...] = ("labels",)  # inputs that a batch has where a loss can be computed
     augment: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # random changes of a batch to train on
     text: str = ""  # about the data, for people
 
@@ -77,8 +79,10 @@ class Task(ABC):
         """The model and its batches, from what :meth:`write` wrote."""
 
     def new_model(self, config: ResonanceConfig) -> PreTrainedModel:
-        """From the run's seed. Raises ValueError where it does not fit into memory."""
+        """From the run's seed, or with the weights to start from. Raises ValueError where memory is too small."""
         set_seed(self.arguments.seed)
+        if self.arguments.init:
+            return load_weights(self.arguments.init, self.architecture, config)
         try:
             return self.build(config)
         except (MemoryError, RuntimeError) as error:
@@ -121,6 +125,12 @@ def split_examples(examples: Sequence[Any], share: float = 0.05, seed: int = 0) 
     order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(seed)).tolist()
     held_out = max(1, round(share * len(examples)))
     return [examples[i] for i in sorted(order[held_out:])], [examples[i] for i in sorted(order[:held_out])]
+
+
+def name_labels(config: ResonanceConfig, labels: Sequence[str]) -> None:
+    """Write the classes into a configuration."""
+    config.id2label = dict(enumerate(labels))
+    config.label2id = {name: i for i, name in enumerate(labels)}
 
 
 def label_names(labels: Sequence[str], held_out: Sequence[str] = ()) -> list[str]:

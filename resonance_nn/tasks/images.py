@@ -20,10 +20,10 @@ from resonance_nn.data.documents import DataError
 from resonance_nn.data.images import channels_of, read_idx
 from resonance_nn.data.tables import KINDS, read_table
 from resonance_nn.image_processor import ResonanceImageProcessor
-from resonance_nn.loading import load_weights
+from resonance_nn.loading import load_config
 from resonance_nn.models.vision import ResonanceForImageClassification
 from resonance_nn.rundir import write_errors
-from resonance_nn.tasks.base import Learning, Task, label_names, split_examples
+from resonance_nn.tasks.base import Learning, Task, label_names, name_labels, split_examples
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 SAMPLED = 2000  # pictures that mean and deviation are taken of
@@ -102,12 +102,8 @@ class ImageClassification(Task):
 
     def initial(self) -> ResonanceConfig:
         a = self.arguments
-        self.model: Any = None
         self.augment = augmentation(a.augment)
-        if a.init:
-            self.model = load_weights(a.init, self.architecture)
-            return self.model.config
-        return a.model_config(self.fields)
+        return a.changed(load_config(a.init)) if a.init else a.model_config(self.fields)
 
     def read(self) -> tuple[list[Picture], list[Picture]]:
         """The pictures to train on and those held out."""
@@ -158,19 +154,15 @@ class ImageClassification(Task):
     def learning(self, examples: tuple[list[Picture], list[Picture]], folder: Path) -> Learning:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         processor = ResonanceImageProcessor(facts["num_channels"], facts["mean"], facts["std"])
-        model = self.model
-        if model is None:
-            own = {name: facts[name] for name in ("image_size", "num_channels")}
-            config = self.arguments.model_config({**self.fields, **own})
-            config.id2label = dict(enumerate(facts["labels"]))
-            config.label2id = {name: i for i, name in enumerate(facts["labels"])}
-            model = self.new_model(config)
-        size = model.config.image_size
-        size = size if isinstance(size, tuple) else (size, size)
+        a, own = self.arguments, {name: facts[name] for name in ("image_size", "num_channels")}
+        config = a.changed(load_config(a.init)) if a.init else a.model_config({**self.fields, **own})
+        name_labels(config, facts["labels"])
+        size = config.image_size
+        assert isinstance(size, tuple)
         train_set, eval_set = (Pictures(part, facts["labels"], processor, size) for part in examples)
         shape = f"{facts['num_channels']} × {size[0]} × {size[1]}"
         return Learning(
-            model,
+            self.new_model(config),
             processor,
             train_set,
             eval_set,

@@ -26,7 +26,7 @@ from resonance_nn.data import (
     train_tokenizer,
 )
 from resonance_nn.data.text import documents_fingerprint
-from resonance_nn.loading import load_model, load_tokenizer
+from resonance_nn.loading import load_config, load_tokenizer, load_weights, resolve_model
 from resonance_nn.models import ResonanceForCausalLM
 from resonance_nn.rundir import write_errors
 from resonance_nn.tasks.base import Learning, Task, training_loss
@@ -44,19 +44,14 @@ class LanguageModelling(Task):
 
     def initial(self) -> ResonanceConfig:
         a = self.arguments
-        self.model: Any = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if a.init:
-            self.model, self.tokenizer = load_model(a.init, dtype=torch.float32)
-            changes = {k: v for k, v in a.training_fields().items() if v is not None}
-            ResonanceConfig(**{**self.model.config.to_dict(), **changes})  # checks them
-            for name, value in changes.items():
-                setattr(self.model.config, name, value)
-            for block in self.model.model.backbone.blocks:
-                block.dropout = self.model.config.dropout
-            return self.model.config
+            config = a.changed(load_config(a.init))
+            load_weights(a.init, self.architecture, config)  # that they can be is checked before anything is written
+            self.tokenizer = load_tokenizer(resolve_model(a.init))
+            return config
         self.tokenizer = load_tokenizer(a.tokenizer) if a.tokenizer else None
-        config = a.model_config()
+        config = a.model_config(self.fields)
         with torch.device("meta"):
             self.build(config)  # the shape alone: checks every field
         return config
@@ -100,15 +95,13 @@ class LanguageModelling(Task):
         self.stores = [TokenStore.open(folder / part) for part in ("train", "eval")]
         train_set, eval_set = _windows(self.stores, a.seq_len)
         text = f"{self.stores[0].num_tokens:,} tokens of text"
-        model = self.model or self._new_model(tokenizer)
+        config = self.initial()
+        if not a.init:
+            config.vocab_size = tokenizer_vocab_size(tokenizer)
+            config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
+            config.pad_token_id = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        model = self.new_model(config)
         return Learning(model, tokenizer, train_set, eval_set, per_example=a.seq_len, unit="tokens", text=text)
-
-    def _new_model(self, tokenizer: PreTrainedTokenizerBase) -> Any:
-        config = self.arguments.model_config()
-        config.vocab_size = tokenizer_vocab_size(tokenizer)
-        config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
-        config.pad_token_id = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
-        return self.new_model(config)
 
     def summary(self, state: TrainerState, learning: Learning) -> dict[str, float | None]:
         """The last held-out loss is of separate windows, each from a fresh state; ``resonance eval`` carries the state

@@ -18,10 +18,14 @@ from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import encode_bytes, tokenizer_fingerprint, tokenizer_vocab_size, train_tokenizer
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.tables import Row, read_table
-from resonance_nn.loading import load_tokenizer, load_weights, resolve_model
-from resonance_nn.models.encoder import ResonanceForSequenceClassification, ResonanceForTokenClassification
+from resonance_nn.loading import load_config, load_tokenizer, resolve_model
+from resonance_nn.models.encoder import (
+    ResonanceForSentenceEmbedding,
+    ResonanceForSequenceClassification,
+    ResonanceForTokenClassification,
+)
 from resonance_nn.rundir import write_errors
-from resonance_nn.tasks.base import Learning, Task, fingerprint, label_names, split_examples
+from resonance_nn.tasks.base import Learning, Task, fingerprint, label_names, name_labels, split_examples
 
 ENCODER = {"mixers": ("spectral_gate", "reversed:spectral_gate")}
 IGNORE = -100
@@ -46,15 +50,15 @@ class TextTask(Task):
     data = "tables (.tsv, .csv, .jsonl)"
     columns: ClassVar[tuple[str, ...]]  # that a row must have
     texts: ClassVar[tuple[str, ...]]  # those that are texts
+    labels: ClassVar[tuple[str, ...]] = ("labels",)
     fields = ENCODER
 
     def initial(self) -> ResonanceConfig:
         a = self.arguments
-        self.model: Any = None
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if a.init:
-            self.model, self.tokenizer = load_weights(a.init, self.architecture), load_tokenizer(resolve_model(a.init))
-            return self.model.config
+            self.tokenizer = load_tokenizer(resolve_model(a.init))
+            return a.changed(load_config(a.init))
         self.tokenizer = load_tokenizer(a.tokenizer) if a.tokenizer else None
         config = a.model_config(self.fields)
         with torch.device("meta"):
@@ -101,19 +105,18 @@ class TextTask(Task):
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         self.collator = PaddedBatch(tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
         train_set, eval_set = (self.encoded(rows, tokenizer, facts) for rows in examples)
-        model = self.model
-        if model is None:
-            config = self.arguments.model_config(self.fields)
+        config = self.initial()
+        if not self.arguments.init:
             config.vocab_size = tokenizer_vocab_size(tokenizer)
             config.pad_token_id = tokenizer.pad_token_id  # type: ignore[assignment]
-            self.describe(config, facts)
-            model = self.new_model(config)
+        self.describe(config, facts)
         return Learning(
-            model,
+            self.new_model(config),
             tokenizer,
             train_set,
             eval_set,
             collate=self.collator,
+            labels=self.labels,
             metrics=self.metrics,
             text=f"{len(train_set):,} examples and {len(eval_set):,} held out",
         )
@@ -121,8 +124,7 @@ class TextTask(Task):
     def describe(self, config: ResonanceConfig, facts: dict[str, Any]) -> None:
         """Write what the data say about the model into a new one's configuration."""
         if labels := facts.get("labels"):
-            config.id2label = dict(enumerate(labels))
-            config.label2id = {name: i for i, name in enumerate(labels)}
+            name_labels(config, labels)
 
     @abstractmethod
     def encoded(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]) -> Examples:
@@ -193,6 +195,37 @@ class TokenClassification(TextTask):
             length = self.arguments.seq_len
             examples.append({"input_ids": ids[:length], "labels": labels[:length]})
         return Examples(examples)
+
+
+class SentenceEmbedding(TextTask):
+    """Vectors of texts, those of a row close together: rows with text and pair, such as a sentence and its translation,
+    or a question and its answer. Each is told from the others of the batch."""
+
+    name = "sentence-embedding"
+    data = "tables (.tsv, .csv, .jsonl) with text and pair"
+    columns, texts = ("text", "pair"), ("text", "pair")
+    metric = "eval_recall@1"
+    labels = ("pair_input_ids",)
+    architecture = ResonanceForSentenceEmbedding
+
+    def encoded(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]) -> Examples:
+        return Examples(
+            [
+                {"input_ids": self.ids(tokenizer, row["text"]), "pair_input_ids": self.ids(tokenizer, row["pair"])}
+                for row in rows
+            ]
+        )
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The share of held-out texts whose pair is the nearest of all, and among the ten nearest."""
+        own, other = (torch.from_numpy(np.asarray(part)) for part in prediction.predictions)
+        return retrieval(own @ other.T)
+
+
+def retrieval(similarity: Tensor) -> dict[str, float]:
+    """Of queries × candidates, where i belongs to i: how often it is the nearest, and among the ten nearest."""
+    nearer = (similarity > similarity.diagonal()[:, None]).sum(1)
+    return {f"recall@{k}": float((nearer < k).float().mean()) for k in (1, 10)}
 
 
 class PaddedBatch:
