@@ -5,6 +5,8 @@ from resonance_nn.config import RECIPES, SIZES, ResonanceConfig
 from resonance_nn.image_processor import ResonanceImageProcessor
 from resonance_nn.mixers import MIXERS
 from resonance_nn.models import (
+    ResonanceForAudioClassification,
+    ResonanceForAudioFrameClassification,
     ResonanceForCausalLM,
     ResonanceForImageClassification,
     ResonanceForMaskedLM,
@@ -25,6 +27,8 @@ __all__ = [
     "SIZES",
     "ResonanceCache",
     "ResonanceConfig",
+    "ResonanceForAudioClassification",
+    "ResonanceForAudioFrameClassification",
     "ResonanceForCausalLM",
     "ResonanceForImageClassification",
     "ResonanceForMaskedLM",

@@ -237,9 +237,9 @@ class ResonanceConfig(PreTrainedConfig):
         elif self.image_size is not None:
             self.image_size = (self.image_size[0], self.image_size[1])
         if self.window_size is DERIVED:
-            self.window_size = round(0.025 * self.sampling_rate)
+            self.window_size = max(1, round(0.025 * self.sampling_rate))
         if self.hop_size is DERIVED:
-            self.hop_size = round(0.01 * self.sampling_rate)
+            self.hop_size = max(1, round(0.01 * self.sampling_rate))
         if self.num_encoder_layers is DERIVED:
             self.num_encoder_layers = self.num_hidden_layers
         if self.filter_size is DERIVED:

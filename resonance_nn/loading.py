@@ -6,7 +6,7 @@ import difflib
 import json
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,19 @@ def load_model(
         except (RuntimeError, AssertionError) as error:
             raise ValueError(f"device {str(device)!r}: {_first_line(error)}") from error
     return model.eval(), tokenizer
+
+
+def load_any(name: str, kinds: Mapping[str, type[Any]], *, device: str = "cpu") -> tuple[Any, Path]:
+    """A finished model of one of ``kinds``, by the class that its config.json names, in evaluation mode, and its
+    folder. Raises ValueError."""
+    folder = _checkpoint_folder(Path(resolve_model(name)))
+    config = _load_config(folder)
+    own = (config.architectures or ["unknown"])[0]
+    if own not in kinds:
+        raise ValueError(f"model {name!r}: is a {own}; this takes {', '.join(kinds)}")
+    model, info = _read_weights(folder, kinds[own], config, None)
+    _refuse_misfits(folder, info)
+    return model.to(device).eval(), folder
 
 
 def load_config(name: str) -> ResonanceConfig:
@@ -170,6 +183,11 @@ def _read_weights(
 
 def _load_weights(folder: Path, config: ResonanceConfig, dtype: torch.dtype | None) -> ResonanceForCausalLM:
     model, info = _read_weights(folder, ResonanceForCausalLM, config, dtype)
+    _refuse_misfits(folder, info)
+    return model
+
+
+def _refuse_misfits(folder: Path, info: dict[str, Any]) -> None:
     for what, names in (
         ("lack", info["missing_keys"]),
         ("have the wrong shape for", {name for name, *_ in info["mismatched_keys"]}),
@@ -181,7 +199,6 @@ def _load_weights(folder: Path, config: ResonanceConfig, dtype: torch.dtype | No
                 f"model {str(folder)!r}: its weights {what} {min(names)}{more}; config.json and model.safetensors "
                 "are not of one model"
             )
-    return model
 
 
 def _download(repository: str) -> str:

@@ -1,4 +1,4 @@
-"""Plots: the loss curve of a training run."""
+"""Plots: the loss curve of a training run, and pictures with what a model says of them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def plot_loss(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "") -> None:
+def plot_loss(
+    history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str], title: str = "", unit: str = "nats a token"
+) -> None:
     """Training and held-out loss over steps, and the learning rate below, as a PNG.
 
     Args:
         history: the Trainer's log: mappings with ``step`` and ``loss`` and ``learning_rate``, or ``eval_loss``.
         path: the file to write.
         title: one line above.
+        unit: of the losses.
     """
     from matplotlib.figure import Figure
 
@@ -30,7 +33,7 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
         loss.annotate(
             f"{values[-1]:.3f}", (steps[-1], values[-1]), xytext=(0, 8), textcoords="offset points", ha="right"
         )
-    loss.set_ylabel("loss (nats a token)")
+    loss.set_ylabel(f"loss ({unit})")
     loss.set_title(title)
     loss.legend()
     rate.plot(*series("learning_rate"), color="#555555", linewidth=1.3)
@@ -40,4 +43,19 @@ def plot_loss(history: Sequence[Mapping[str, Any]], path: str | os.PathLike[str]
     rate.xaxis.get_major_locator().set_params(integer=True)
     for axes in (loss, rate):
         axes.grid(alpha=0.3)
+    figure.savefig(path, format="png")
+
+
+def plot_pictures(pictures: Sequence[tuple[Any, str, bool]], path: str | os.PathLike[str]) -> None:
+    """A grid of pictures (rows, columns, 1 or 3) of bytes, a line above each, red where it is wrong, as a PNG."""
+    from matplotlib.figure import Figure
+
+    across = min(8, len(pictures))
+    down = -(-len(pictures) // across)
+    figure = Figure(figsize=(1.5 * across, 1.7 * down), dpi=120, layout="constrained")
+    for axes in (grid := figure.subplots(down, across, squeeze=False)).flat:
+        axes.axis("off")
+    for axes, (pixels, line, wrong) in zip(grid.flat, pictures, strict=False):
+        axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
+        axes.set_title(line, fontsize=7, color="#c00000" if wrong else "#222222", parse_math=False)
     figure.savefig(path, format="png")

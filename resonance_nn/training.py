@@ -125,7 +125,7 @@ def train(arguments: TrainArguments, build: Build | None = None) -> dict[str, An
             learning.processor.save_pretrained(partial)
             log = "".join(json.dumps(finite(entry), allow_nan=False) + "\n" for entry in trainer.state.log_history)
             (partial / "log.jsonl").write_text(log, encoding="utf-8")
-            plot_loss(trainer.state.log_history, partial / "loss.png", folder.path.name)
+            plot_loss(trainer.state.log_history, partial / "loss.png", folder.path.name, learning.loss_unit)
     return result
 
 

@@ -40,6 +40,7 @@ FLAGS = {
     "generate": f"--prompt --prompt-file --batch --max-new-tokens --stop {COMMON_SAMPLING} --num-beams "
     "--num-return-sequences --save-state --load-state --stream --no-stream --precision --device --json",
     "chat": f"--system --max-new-tokens {COMMON_SAMPLING} --precision --device",
+    "predict": "--text --top --batch-size --precision --device --json --picture",
     "models": "--vocab-size --recipe --mixers --json",
     "bench": "",
     "bench ablation": "--ablations --data --tokens --seeds --hidden-size --layers --vocab-size --seq-len --lr "

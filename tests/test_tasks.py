@@ -115,6 +115,60 @@ def test_resume_is_bit_equal(task, data, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("task", CASES)
+def test_predict(task, data, tmp_path, capsys):
+    """Right about what it has learned, in a table, as JSON and as a picture."""
+    assert main(words_of(task, data, tmp_path / "m", CASES[task][2])) == 0
+    capsys.readouterr()
+    words = ["predict", str(tmp_path / "m"), "--json", str(tmp_path / "p.json")]
+    given = {
+        "text-classification": [str(data / "texts.tsv")],
+        "token-classification": ["--text", "the film 42 is 7"],
+        "fill-mask": ["--text", "the film<|mask|> so good", "--top", "5"],
+        "sentence-embedding": [str(data / "pairs.jsonl"), "--top", "2"],
+        "image-classification": [str(data / "pictures"), "--picture", str(tmp_path / "p.png"), "--batch-size", "7"],
+    }[task]
+    assert main([*words, *given]) == 0
+    out = capsys.readouterr().out
+    payload = json.loads((tmp_path / "p.json").read_text())
+    found = payload["found"]
+    if task.startswith(("text", "image")):
+        assert payload["rows"][0]["ours"] > 0.9
+        assert "whose label is known are right" in out
+        assert sum(one["score"] for one in found[0]["scores"]) == pytest.approx(1, abs=1e-3)
+    if task == "token-classification":
+        assert [tag["label"] for tag in found[0]["words"]] == ["WORD", "WORD", "NUM", "WORD", "NUM"]
+        assert "42/NUM" in out
+    if task == "fill-mask":
+        assert len(found[0]["masks"]) == 1
+        assert len(found[0]["masks"][0]) == 5
+    if task == "sentence-embedding":
+        assert len(found) == 200
+        assert np.linalg.norm(found[0]["embedding"]) == pytest.approx(1, abs=1e-3)
+        assert [one["score"] for one in found[0]["nearest"]] == sorted(
+            (one["score"] for one in found[0]["nearest"]), reverse=True
+        )
+    if task == "image-classification":
+        assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+        assert "… and 40 more" in out
+    bad = {
+        "text-classification": (["--picture", str(tmp_path / "p.png")], "of texts"),
+        "token-classification": ([], "nothing to predict"),
+        "fill-mask": (["--text", "nothing hidden"], "has no <|mask|>"),
+        "sentence-embedding": ([str(tmp_path / "none.txt")], "no such file"),
+        "image-classification": (["--text", "red"], "name files or folders"),
+    }[task]
+    assert main([*words[:2], *bad[0]]) == 2
+    error = capsys.readouterr().err.strip()
+    assert bad[1] in error
+    assert "\n" not in error
+
+
+def test_predict_refuses_other_models(tmp_path, capsys):
+    assert main(["predict", "resonance-tiny", "--text", "x"]) == 2
+    assert "is a ResonanceForCausalLM; this takes ResonanceForSequenceClassification" in capsys.readouterr().err
+
+
 def test_resume_refuses_other_data(data, tmp_path, capsys):
     table = tmp_path / "texts.tsv"
     table.write_text((data / "texts.tsv").read_text())

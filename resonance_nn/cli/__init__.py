@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from resonance_nn.allocator import keep_freed_memory
-from resonance_nn.cli import bench, evaluate, generate, models, train
+from resonance_nn.cli import bench, evaluate, generate, models, predict, train
 from resonance_nn.cli.common import quiet_libraries
 
 app = typer.Typer(
@@ -39,6 +39,7 @@ app.command()(train.train)
 app.command("eval")(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(generate.chat)
+app.command()(predict.predict)
 app.command()(models.models)
 app.add_typer(bench.bench)
 

@@ -1,10 +1,14 @@
 """Models: inputs + Backbone + head + loss. Importing registers them with transformers' Auto classes."""
 
 import transformers
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+)
 
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.image_processor import ResonanceImageProcessor
+from resonance_nn.models.audio import ResonanceForAudioClassification, ResonanceForAudioFrameClassification
 from resonance_nn.models.base import ResonanceModel
 from resonance_nn.models.causal_lm import ResonanceForCausalLM
 from resonance_nn.models.encoder import (
@@ -24,15 +28,22 @@ for auto, model in (
     (transformers.AutoModelForSequenceClassification, ResonanceForSequenceClassification),
     (transformers.AutoModelForTokenClassification, ResonanceForTokenClassification),
     (transformers.AutoModelForImageClassification, ResonanceForImageClassification),
+    (transformers.AutoModelForAudioClassification, ResonanceForAudioClassification),
+    (transformers.AutoModelForAudioFrameClassification, ResonanceForAudioFrameClassification),
 ):
     auto.register(ResonanceConfig, model, exist_ok=True)
 transformers.AutoImageProcessor.register(
     ResonanceConfig, slow_image_processor_class=ResonanceImageProcessor, exist_ok=True
 )
-# by this table of names transformers' Trainer knows whose labels are shifted inside (its label smoothing needs it)
+# by the first of these tables of names transformers' Trainer knows whose labels are shifted inside (its label smoothing
+# needs it), by the second its audio pipeline what it can run
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ResonanceConfig.model_type] = ResonanceForCausalLM.__name__
+_audio: dict[str, str] = MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES  # type: ignore[assignment]
+_audio[ResonanceConfig.model_type] = ResonanceForAudioClassification.__name__
 
 __all__ = [
+    "ResonanceForAudioClassification",
+    "ResonanceForAudioFrameClassification",
     "ResonanceForCausalLM",
     "ResonanceForImageClassification",
     "ResonanceForMaskedLM",

@@ -37,6 +37,7 @@ class Learning:
     metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
     labels: tuple[str, ...] = ("labels",)  # inputs that a batch has where a loss can be computed
     augment: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # random changes of a batch to train on
+    loss_unit: str = "nats"
     text: str = ""  # about the data, for people
 
 

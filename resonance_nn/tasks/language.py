@@ -101,7 +101,16 @@ class LanguageModelling(Task):
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
             config.pad_token_id = tokenizer.pad_token_id  # pyright: ignore[reportAttributeAccessIssue]
         model = self.new_model(config)
-        return Learning(model, tokenizer, train_set, eval_set, per_example=a.seq_len, unit="tokens", text=text)
+        return Learning(
+            model,
+            tokenizer,
+            train_set,
+            eval_set,
+            per_example=a.seq_len,
+            unit="tokens",
+            loss_unit="nats a token",
+            text=text,
+        )
 
     def summary(self, state: TrainerState, learning: Learning) -> dict[str, float | None]:
         """The last held-out loss is of separate windows, each from a fresh state; ``resonance eval`` carries the state
