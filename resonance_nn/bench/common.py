@@ -151,13 +151,19 @@ def plot_rows(payload: Mapping[str, Any], path: str | Path, x: str) -> None:
 
 @contextmanager
 def figure(
-    path: str | Path, payload: Mapping[str, Any], *, panels: int = 1, size: tuple[float, float] = (6, 4)
+    path: str | Path,
+    payload: Mapping[str, Any],
+    *,
+    panels: int = 1,
+    rows: int = 1,
+    size: tuple[float, float] = (6, 4),
 ) -> Iterator[list[Any]]:
-    """The axes of panels side by side, each of ``size`` inches, under the processor's name; a PNG file at the end."""
+    """The axes of panels side by side in rows, each of ``size`` inches, under the processor's name; a PNG file at the
+    end."""
     from matplotlib.figure import Figure
 
-    made = Figure(figsize=(size[0] * panels, size[1]), layout="constrained")
-    yield list(made.subplots(1, panels, squeeze=False)[0])
+    made = Figure(figsize=(size[0] * panels // rows, size[1] * rows), layout="constrained")
+    yield list(made.subplots(rows, panels // rows, squeeze=False).flat)
     made.suptitle(payload["machine"]["cpu"], fontsize="small")
     with atomic_path(path) as temporary:
         made.savefig(temporary, format="png", dpi=150)

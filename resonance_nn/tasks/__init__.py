@@ -1,5 +1,6 @@
 """What ``resonance train --task`` can train: each a file of data in, a model and batches out."""
 
+from resonance_nn.tasks.audio import AudioClassification, AudioEventDetection
 from resonance_nn.tasks.base import Build, Learning, Task
 from resonance_nn.tasks.images import ImageClassification
 from resonance_nn.tasks.language import LanguageModelling
@@ -15,6 +16,8 @@ TASKS: dict[str, type[Task]] = {
         TokenClassification,
         SentenceEmbedding,
         ImageClassification,
+        AudioClassification,
+        AudioEventDetection,
     )
 }
 

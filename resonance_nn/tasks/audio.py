@@ -1,0 +1,287 @@
+"""``audio-classification``, a class for a sound, and ``audio-event-detection``, what can be heard in it when."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import wave
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+from transformers import EvalPrediction, Wav2Vec2FeatureExtractor
+
+from resonance_nn.config import ResonanceConfig
+from resonance_nn.data.audio import augment, read_audio
+from resonance_nn.data.documents import DataError
+from resonance_nn.data.tables import KINDS, read_table
+from resonance_nn.loading import load_config
+from resonance_nn.models.audio import (
+    AudioEmbedding,
+    ResonanceForAudioClassification,
+    ResonanceForAudioFrameClassification,
+)
+from resonance_nn.rundir import write_errors
+from resonance_nn.tasks.base import Learning, Task, label_names, name_labels, split_examples
+from resonance_nn.tasks.images import accuracy
+from resonance_nn.tasks.text import ENCODER, IGNORE
+
+SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
+HIGHEST = 16_000  # samples a second, unless the configuration says otherwise
+CHANGES = ("speed", "shift", "gain", "noise")
+Event = tuple[float, float, str]  # start, end in seconds, label
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A file, and its class or its events."""
+
+    path: str
+    label: str = ""
+    events: tuple[Event, ...] = ()
+
+
+def find_sounds(path: str) -> list[Sound]:
+    """Of a folder with a folder a class, or of a table (.csv, .tsv, .jsonl) with audio (a path from there) and label.
+    Raises DataError."""
+    place = Path(path).expanduser()
+    if place.is_dir():
+        found = [
+            Sound(str(file), folder.name)
+            for folder in sorted(p for p in place.iterdir() if p.is_dir() and not p.name.startswith("."))
+            for file in sorted(folder.rglob("*"))
+            if file.suffix.lower() in SUFFIXES
+        ]
+        if not found:
+            raise DataError(f"{path}: no sounds in folders of it; there must be one for each class")
+        return found
+    rows = read_table(place, ("audio", "label"))
+    return [Sound(str(place.parent / row["audio"]), str(row["label"])) for row in rows]
+
+
+def find_events(path: str) -> list[Sound]:
+    """Of a table (.jsonl) with audio and events, each with start and end in seconds and label. Raises DataError."""
+    place = Path(path).expanduser()
+    if not place.name.removesuffix(".gz").endswith(KINDS[:1]):
+        raise DataError(f"{path}: must be a .jsonl file with audio and events, each with start, end and label")
+    sounds: list[Sound] = []
+    for number, row in enumerate(read_table(place, ("audio", "events")), 1):
+        try:
+            events = tuple((float(e["start"]), float(e["end"]), str(e["label"])) for e in row["events"])
+        except (TypeError, KeyError, ValueError):
+            raise DataError(f"{path}: row {number}: each of its events must have start, end and label") from None
+        if any(not 0 <= start < end for start, end, _ in events):
+            raise DataError(f"{path}: row {number}: an event must start at 0 or later and before its end, in seconds")
+        sounds.append(Sound(str(place.parent / row["audio"]), events=events))
+    return sounds
+
+
+class Sounds(Dataset[Any]):
+    """Samples at one rate, as they are, and labels."""
+
+    def __init__(self, sounds: Sequence[Sound], sampling_rate: int, task: AudioClassification) -> None:
+        self.sounds, self.sampling_rate, self.task = sounds, sampling_rate, task
+
+    def __len__(self) -> int:
+        return len(self.sounds)
+
+    def __getitem__(self, i: int) -> dict[str, Any]:
+        samples = read_audio(self.sounds[i].path, self.sampling_rate)
+        return {"samples": samples, "labels": self.task.target(self.sounds[i], len(samples))}
+
+
+class AudioClassification(Task):
+    """Sounds of any length at one rate: that of most of the training ones, at most 16,000 samples a second, unless
+    ``sampling_rate`` is given."""
+
+    name = "audio-classification"
+    data = "a folder with a folder a class, or tables (.csv, .tsv, .jsonl) with audio and label"
+    fields = ENCODER
+    batch_size = 32
+    metric = "eval_accuracy"
+    architecture: ClassVar[Any] = ResonanceForAudioClassification
+
+    def initial(self) -> ResonanceConfig:
+        a = self.arguments
+        for name in a.augment or ():
+            if name not in CHANGES:
+                raise ValueError(f"augment = {name!r}: must be of {', '.join(CHANGES)}")
+        return a.changed(load_config(a.init)) if a.init else a.model_config(self.fields)
+
+    def find(self, path: str) -> list[Sound]:
+        """Those of a file or folder. Raises DataError."""
+        return find_sounds(path)
+
+    def read(self) -> tuple[list[Sound], list[Sound]]:
+        """The sounds to train on and those held out."""
+        a = self.arguments
+        found = [sound for path in a.data for sound in self.find(path)]
+        if a.eval_data:
+            return found, [sound for path in a.eval_data for sound in self.find(path)]
+        return split_examples(found)
+
+    def write(self, examples: tuple[list[Sound], list[Sound]], folder: Path) -> dict[str, str]:
+        fields = self.arguments.config
+        rates = Counter(rate_of(sound.path) for sound in examples[0][:: max(1, len(examples[0]) // 200)])
+        rates.pop(None, None)
+        commonest = rates.most_common(1)[0][0] if rates else HIGHEST
+        facts = {
+            "labels": self.labels(examples),
+            "sampling_rate": fields.get("sampling_rate", min(HIGHEST, commonest or HIGHEST)),
+        }
+        for sound in (sound for part in examples for sound in part):
+            read_audio(sound.path, facts["sampling_rate"])  # whatever is wrong is said before anything is trained
+        with write_errors(folder):
+            (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        return self.fingerprints(examples, folder)
+
+    def labels(self, examples: tuple[list[Sound], list[Sound]]) -> list[str]:
+        """The classes. Raises DataError."""
+        return label_names(*([sound.label for sound in part] for part in examples))
+
+    def fingerprints(self, examples: tuple[list[Sound], list[Sound]], folder: Path) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for name, part in zip(("train", "eval"), examples, strict=True):
+            digest = hashlib.sha256()
+            for sound in part:
+                digest.update(repr((sound.label, sound.events)).encode())
+                digest.update(Path(sound.path).read_bytes())
+            found[name] = digest.hexdigest()
+        return found
+
+    def learning(self, examples: tuple[list[Sound], list[Sound]], folder: Path) -> Learning:
+        a, facts = self.arguments, json.loads((folder / "facts.json").read_text(encoding="utf-8"))
+        own = {"sampling_rate": facts["sampling_rate"]}
+        config = a.changed(load_config(a.init)) if a.init else a.model_config({**self.fields, **own})
+        name_labels(config, facts["labels"])
+        with torch.device("meta"):
+            self.front_end = AudioEmbedding(config)  # for the times of its frames
+        self.classes = {name: i for i, name in enumerate(facts["labels"])}
+        processor = Wav2Vec2FeatureExtractor(
+            sampling_rate=config.sampling_rate, do_normalize=True, return_attention_mask=True
+        )
+        train_set, eval_set = (Sounds(part, config.sampling_rate, self) for part in examples)
+        return Learning(
+            self.new_model(config),
+            processor,
+            train_set,
+            eval_set,
+            unit="sounds",
+            collate=SoundBatch(config.sampling_rate),
+            metrics=self.metrics,
+            augment=self._changed if a.augment else None,
+            text=f"{len(train_set):,} sounds at {config.sampling_rate:,} Hz and {len(eval_set):,} held out",
+        )
+
+    def target(self, sound: Sound, samples: int) -> Any:
+        """What is to be said of a sound of so many samples."""
+        return self.classes[sound.label]
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """The share of right classes."""
+        return accuracy(prediction)
+
+    def _changed(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Each sound of a batch changed at random, by torch's generator."""
+        rng = np.random.default_rng(int(torch.randint(2**31, ())))
+        rate, chosen = self.front_end.sampling_rate, self.arguments.augment or ()
+        device = batch["input_values"].device
+        sounds = [
+            augment(
+                samples[mask.bool()].cpu().numpy(),
+                rate,
+                rng,
+                speed=0.15 if "speed" in chosen else 0.0,
+                shift_seconds=0.05 if "shift" in chosen else 0.0,
+                gain_db=6.0 if "gain" in chosen else 0.0,
+                noise_db=(10.0, 40.0) if "noise" in chosen else None,
+            )
+            for samples, mask in zip(batch["input_values"], batch["attention_mask"], strict=True)
+        ]
+        return {**batch, **{name: value.to(device) for name, value in normalised(sounds).items()}}
+
+
+class AudioEventDetection(AudioClassification):
+    """Events of several kinds, which may overlap: a frame is in one whose time its middle is in."""
+
+    name = "audio-event-detection"
+    data = "tables (.jsonl) with audio and events, each with start, end and label"
+    metric = "eval_f1"
+    architecture = ResonanceForAudioFrameClassification
+
+    def initial(self) -> ResonanceConfig:
+        config = super().initial()
+        if moving := [name for name in self.arguments.augment or () if name in ("speed", "shift")]:
+            raise ValueError(f"augment = {moving[0]!r}: would move events away from their times; take gain or noise")
+        return config
+
+    def find(self, path: str) -> list[Sound]:
+        return find_events(path)
+
+    def labels(self, examples: tuple[list[Sound], list[Sound]]) -> list[str]:
+        train, held_out = ({event[2] for sound in part for event in sound.events} for part in examples)
+        if not train:
+            raise DataError("the training data have no events")
+        if new := held_out - train:
+            raise DataError(f"the held-out data have events {min(new)!r}, which the training data do not have")
+        return sorted(train)
+
+    def target(self, sound: Sound, samples: int) -> Any:
+        """(frames, labels), 1 within an event."""
+        middle = self.front_end.frame_times(samples).mean(1)
+        active = np.zeros((len(middle), len(self.classes)), np.float32)
+        for start, end, label in sound.events:
+            active[(middle >= start) & (middle < end), self.classes[label]] = 1
+        return active
+
+    def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
+        """Of frames: precision, recall and their harmonic mean, over all events together."""
+        labels = np.asarray(prediction.label_ids)
+        said, real = np.asarray(prediction.predictions) > 0, labels != IGNORE
+        hits = float((said & (labels == 1) & real).sum())
+        precision = hits / max(1.0, float((said & real).sum()))
+        recall = hits / max(1.0, float((labels == 1).sum()))
+        return {
+            "f1": 2 * precision * recall / max(1e-9, precision + recall),
+            "precision": precision,
+            "recall": recall,
+        }
+
+
+class SoundBatch:
+    """Sounds of different lengths -> ``input_values`` (B, longest), each of mean 0 and variance 1 as
+    `Wav2Vec2FeatureExtractor` makes them, and their mask."""
+
+    def __init__(self, sampling_rate: int) -> None:
+        self.sampling_rate = sampling_rate
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Tensor]:
+        labels = [example["labels"] for example in examples]
+        if isinstance(labels[0], np.ndarray):
+            rows = [torch.from_numpy(label) for label in labels]
+            target = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=float(IGNORE))
+        else:
+            target = torch.tensor(labels)
+        return {**normalised([example["samples"] for example in examples]), "labels": target}
+
+
+def normalised(sounds: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """(x − mean) / √(variance + 1e-7) of each, right-padded with zeros, and the mask."""
+    rows = [torch.from_numpy((x - x.mean()) / np.sqrt(x.var() + 1e-7)) for x in sounds]
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(x), dtype=torch.long) for x in rows], batch_first=True)
+    return {"input_values": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), "attention_mask": mask}
+
+
+def rate_of(path: str) -> int | None:
+    """The sampling rate of a WAV file; None of any other."""
+    try:
+        with wave.open(path) as file:
+            return file.getframerate()
+    except (OSError, EOFError, wave.Error):
+        return None
