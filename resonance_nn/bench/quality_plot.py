@@ -13,8 +13,8 @@ from resonance_nn.bench.text import HELD_OUT
 
 
 def plot(payload: Mapping[str, Any], path: str | Path) -> None:
-    """Held-out loss over tokens and over training seconds, two panels a row, a row a length; the band is from the least to the
-    largest of the seeds. The first fifth of the budget, where all losses are large, may be cut off."""
+    """Held-out loss over tokens and over training seconds, two panels a row, a row a length; the band is from the least
+    to the largest of the seeds. The first fifth of the budget, where all losses are large, may be cut off."""
     lengths = payload["options"]["budget"]["lengths"]
     best = {(row["length"], row["model"]): row["lr"] for row in payload["rows"] if row["metric"] == LOSS}
     with figure(path, payload, panels=2 * len(lengths), rows=len(lengths)) as panels:
