@@ -1,4 +1,4 @@
-"""Plots: the loss curve of a training run, and pictures with what a model says of them."""
+"""Plots: the loss curve of a training run, and inputs with what a model says of them."""
 
 from __future__ import annotations
 
@@ -58,4 +58,28 @@ def plot_pictures(pictures: Sequence[tuple[Any, str, bool]], path: str | os.Path
     for axes, (pixels, line, wrong) in zip(grid.flat, pictures, strict=False):
         axes.imshow(pixels, cmap="gray", vmin=0, vmax=255, interpolation="nearest")
         axes.set_title(line, fontsize=7, color="#c00000" if wrong else "#222222", parse_math=False)
+    figure.savefig(path, format="png")
+
+
+def plot_events(
+    sounds: Sequence[tuple[str, Any, Sequence[Mapping[str, Any]]]], sampling_rate: int, path: str | os.PathLike[str]
+) -> None:
+    """The spectrogram of each sound (name, samples, events), its events as bars above, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 2.4 * len(sounds)), dpi=120, layout="constrained")
+    labels = sorted({event["label"] for _, _, events in sounds for event in events})
+    colours = {label: f"C{i % 10}" for i, label in enumerate(labels)}
+    for axes, (name, samples, events) in zip(figure.subplots(len(sounds), 1, squeeze=False).flat, sounds, strict=True):
+        window = min(256, len(samples))
+        axes.specgram(samples + 1e-9, NFFT=window, Fs=sampling_rate, noverlap=window // 2, cmap="magma")
+        top = sampling_rate / 2
+        for event in events:
+            axes.axvspan(event["start"], event["end"], color=colours[event["label"]], alpha=0.25)
+            middle = (event["start"] + event["end"]) / 2
+            axes.text(middle, 0.94 * top, event["label"], color="white", ha="center", va="top", parse_math=False)
+        axes.set_xlim(0, len(samples) / sampling_rate)
+        axes.set_ylabel("Hz")
+        axes.set_title(name[-80:], fontsize="small", parse_math=False)
+        axes.set_xlabel("seconds")
     figure.savefig(path, format="png")

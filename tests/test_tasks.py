@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import wave
 from typing import Any
 
 import numpy as np
@@ -51,19 +52,44 @@ def data(tmp_path_factory):
             pixels = rng.integers(0, 60, (8, 8), dtype=np.uint8)
             pixels[: 4 if name == "red" else 8, :][-4:] += 120
             Image.fromarray(pixels).save(folder / "pictures" / name / f"{i}.png")
+    for name, pitch in (("low", 200), ("high", 1200)):
+        (folder / "sounds" / name).mkdir(parents=True)
+        for i in range(20):
+            t = np.arange(int(rng.integers(1200, 2400))) / 4000
+            write_wave(
+                folder / "sounds" / name / f"{i}.wav", np.sin(2 * np.pi * pitch * t) + rng.normal(0, 0.3, len(t))
+            )
+    rows = []
+    for i in range(40):
+        samples, start = rng.normal(0, 0.3, 4000), float(rng.uniform(0.1, 0.6))
+        t = np.arange(round(4000 * start), round(4000 * (start + 0.3)))
+        samples[t] += np.sin(2 * np.pi * 600 * t / 4000)
+        write_wave(folder / f"beep{i}.wav", samples)
+        rows.append({"audio": f"beep{i}.wav", "events": [{"start": start, "end": start + 0.3, "label": "beep"}]})
+    (folder / "beeps.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
     return folder
 
 
+def write_wave(path: Any, samples: np.ndarray, rate: int = 4000) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, rate, 0, "NONE", ""))
+        file.writeframes((samples / 4 * 32767).clip(-32768, 32767).astype("<i2").tobytes())
+
+
+SOUND = ["--set", "front_end=log_mel", "--set", "num_mel_bins=16"]
 CASES = {
     "text-classification": ("texts.tsv", ["--vocab-size", "300"], 60),
     "token-classification": ("words.jsonl", ["--vocab-size", "300"], 60),
     "sentence-embedding": ("pairs.jsonl", ["--vocab-size", "300"], 80),
     "fill-mask": ("plain.txt", ["--vocab-size", "300", "--seq-len", "32"], 60),
     "image-classification": ("pictures", ["--set", "patch_size=2", "--augment", "crop,erase"], 40),
+    "audio-classification": ("sounds", [*SOUND, "--augment", "speed,shift,gain,noise"], 25),
+    "audio-event-detection": ("beeps.jsonl", [*SOUND, "--augment", "gain,noise"], 40),
 }
 
 
 GOALS = {"sentence-embedding": ("eval_recall@1", 0.5), "fill-mask": ("eval_loss", -3.0)}  # at least, or at most
+GOALS["audio-event-detection"] = ("eval_f1", 0.7)
 
 
 def words_of(task: str, data: Any, output: Any, steps: int, *more: str) -> list[str]:
@@ -98,7 +124,10 @@ def test_the_models_work_in_pipelines(data, tmp_path):
     assert AutoTokenizer.from_pretrained(tmp_path / "text-classification").pad_token_id is not None
 
 
-@pytest.mark.parametrize("task", ["text-classification", "fill-mask", "image-classification"])
+RESUMED = ["text-classification", "fill-mask", "image-classification", "audio-classification"]
+
+
+@pytest.mark.parametrize("task", RESUMED)
 def test_resume_is_bit_equal(task, data, tmp_path):
     assert main(words_of(task, data, tmp_path / "whole", 12, "--save-every", "6", "--keep", "9")) == 0
     parts = words_of(task, data, tmp_path / "parts", 12, "--save-every", "6", "--keep", "9")
@@ -126,13 +155,15 @@ def test_predict(task, data, tmp_path, capsys):
         "token-classification": ["--text", "the film 42 is 7"],
         "fill-mask": ["--text", "the film<|mask|> so good", "--top", "5"],
         "sentence-embedding": [str(data / "pairs.jsonl"), "--top", "2"],
+        "audio-classification": [str(data / "sounds")],
+        "audio-event-detection": [str(data / "beep0.wav"), "--picture", str(tmp_path / "p.png")],
         "image-classification": [str(data / "pictures"), "--picture", str(tmp_path / "p.png"), "--batch-size", "7"],
     }[task]
     assert main([*words, *given]) == 0
     out = capsys.readouterr().out
     payload = json.loads((tmp_path / "p.json").read_text())
     found = payload["found"]
-    if task.startswith(("text", "image")):
+    if task in ("text-classification", "image-classification", "audio-classification"):
         assert payload["rows"][0]["ours"] > 0.9
         assert "whose label is known are right" in out
         assert sum(one["score"] for one in found[0]["scores"]) == pytest.approx(1, abs=1e-3)
@@ -151,11 +182,22 @@ def test_predict(task, data, tmp_path, capsys):
     if task == "image-classification":
         assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
         assert "… and 40 more" in out
+    if task == "audio-event-detection":
+        (event,) = found[0]["events"]
+        told = json.loads((data / "beeps.jsonl").read_text().splitlines()[0])["events"][0]
+        assert abs(event["start"] - told["start"]) < 0.05
+        assert abs(event["end"] - told["end"]) < 0.05
+        assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     bad = {
         "text-classification": (["--picture", str(tmp_path / "p.png")], "of texts"),
         "token-classification": ([], "nothing to predict"),
         "fill-mask": (["--text", "nothing hidden"], "has no <|mask|>"),
         "sentence-embedding": ([str(tmp_path / "none.txt")], "no such file"),
+        "audio-classification": ([str(data / "pictures")], "no sounds in it"),
+        "audio-event-detection": (
+            [str(data / "texts.tsv")],
+            "soundfile" if find_spec("soundfile") is None else "sound",
+        ),
         "image-classification": (["--text", "red"], "name files or folders"),
     }[task]
     assert main([*words[:2], *bad[0]]) == 2
@@ -231,6 +273,32 @@ def test_other_bad_data(data, tmp_path, capsys):
     assert main(words_of("image-classification", data, tmp_path / "run", 1, "--set", "image_size=9")) == 2
     assert "multiples of patch_size" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        (
+            {"audio": "beep0.wav", "events": [{"start": 1, "end": 1, "label": "x"}]},
+            "must start at 0 or later and before",
+        ),
+        ({"audio": "beep0.wav", "events": [{"start": 1, "label": "x"}]}, "must have start, end and label"),
+        ({"audio": "beep0.wav", "events": []}, "have no events"),
+        ({"audio": "none.wav", "events": [{"start": 0, "end": 1, "label": "x"}]}, "cannot read"),
+        ({"audio": "texts.tsv", "events": [{"start": 0, "end": 1, "label": "x"}]}, "texts.tsv"),
+    ],
+)
+def test_sounds_that_are_none(row, message, data, tmp_path, capsys):
+    table = data / "bad.jsonl"
+    table.write_text(f"{json.dumps(row)}\n{json.dumps(row)}\n")
+    words = ["train", "--task", "audio-event-detection", "--data", str(table), "--output-dir", str(tmp_path / "run")]
+    assert main([*words, *SMALL, "--steps", "1"]) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "run").exists()
+    assert main([*words, *SMALL, "--steps", "1", "--augment", "speed"]) == 2
+    assert "would move events away" in capsys.readouterr().err
 
 
 def test_read_table(tmp_path):

@@ -85,7 +85,7 @@ def train(
     augment: Annotated[
         str | None,
         typer.Option(
-            help="By commas, changes of training examples at random: flip, crop, erase of images.",
+            help="By commas, random changes of training examples. Images: flip, crop, erase; sounds: speed, shift, …",
             rich_help_panel=OPTIMISER,
         ),
     ] = None,

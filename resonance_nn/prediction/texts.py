@@ -1,0 +1,140 @@
+"""Texts: their class, that of their words, what is hidden in them, which are near."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from resonance_nn.data import encode_bytes
+from resonance_nn.data.documents import DataError
+from resonance_nn.data.tables import KINDS, read_lines, read_table
+from resonance_nn.loading import load_tokenizer
+from resonance_nn.models.encoder import (
+    ResonanceForMaskedLM,
+    ResonanceForSentenceEmbedding,
+    ResonanceForSequenceClassification,
+    ResonanceForTokenClassification,
+)
+from resonance_nn.prediction.base import Found, Predictor
+from resonance_nn.tasks.text import padded
+
+
+class TextPredictor(Predictor):
+    """Texts: the lines of a file, or the field ``text`` of a table."""
+
+    @classmethod
+    def load_processor(cls, folder: Path) -> Any:
+        return load_tokenizer(folder)
+
+    def files(self, path: str) -> list[Found]:
+        name = path.removesuffix(".gz")
+        if name.endswith(KINDS):
+            field = "label" if name.endswith(".tsv") else None
+            try:
+                rows = read_table(path, ("text", "label") if field else ("text",))
+            except DataError:
+                rows = read_table(path, ("text",))
+            return [{"name": f"{path}:{i}", "input": str(row["text"]), **_truth(row)} for i, row in enumerate(rows, 1)]
+        lines = [(i, line) for i, line in enumerate(read_lines(path), 1) if line.strip()]
+        if not lines:
+            raise DataError(f"{path}: holds no text")
+        return [{"name": f"{path}:{i}", "input": line} for i, line in lines]
+
+    def batch(self, inputs: list[Found]) -> dict[str, torch.Tensor]:
+        ids = [self.ids(one["input"]) for one in inputs]
+        mask = padded([[1] * len(row) for row in ids], 0)
+        return {"input_ids": padded(ids, self.processor.pad_token_id or 0), "attention_mask": mask}
+
+    def ids(self, text: str) -> list[int]:
+        """At least one token."""
+        return encode_bytes(self.processor, text.encode()) or [self.processor.bos_token_id]
+
+
+class TextClasses(TextPredictor):
+    kind = "labels"
+    architecture = ResonanceForSequenceClassification
+
+    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+        return self.scores(out.logits)
+
+
+class WordClasses(TextPredictor):
+    kind = "labels of words"
+    architecture = ResonanceForTokenClassification
+
+    def batch(self, inputs: list[Found]) -> dict[str, torch.Tensor]:
+        ids: list[list[int]] = []
+        for one in inputs:
+            one["first"], row = [], []
+            for i, word in enumerate(one["input"].split()):
+                one["first"].append(len(row))
+                row += encode_bytes(self.processor, f"{' ' if i else ''}{word}".encode())
+            ids.append(row or [self.processor.bos_token_id])
+        mask = padded([[1] * len(row) for row in ids], 0)
+        return {"input_ids": padded(ids, self.processor.pad_token_id or 0), "attention_mask": mask}
+
+    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+        names, said = self.model.config.id2label, []
+        for one, p in zip(inputs, out.logits.float().softmax(-1).cpu(), strict=True):
+            best = p[one.pop("first")].max(-1)
+            words = zip(one["input"].split(), best.indices.tolist(), best.values.tolist(), strict=True)
+            tags = [{"word": word, "label": names[i], "score": score} for word, i, score in words]
+            said.append({"label": " ".join(f"{tag['word']}/{tag['label']}" for tag in tags), "words": tags})
+        return said
+
+
+class HiddenWords(TextPredictor):
+    """What stands behind each <|mask|>."""
+
+    kind = "hidden tokens"
+    architecture = ResonanceForMaskedLM
+
+    def ids(self, text: str) -> list[int]:
+        mask = self.processor.mask_token
+        parts = text.split(mask)
+        if len(parts) < 2:
+            raise DataError(f"text {text!r}: has no {mask}, behind which something could be hidden")
+        ids = [self.processor.bos_token_id]
+        for i, part in enumerate(parts):
+            ids += ([self.processor.mask_token_id] if i else []) + encode_bytes(self.processor, part.encode())
+        return ids
+
+    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+        said: list[Found] = []
+        for one, logits in zip(inputs, out.logits.float().cpu(), strict=True):
+            ids = self.ids(one["input"])
+            holes: list[list[Found]] = []
+            for place in (i for i, token in enumerate(ids) if token == self.processor.mask_token_id):
+                best = logits[place].softmax(-1).topk(self.top)
+                pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+                holes.append([{"token": self.processor.decode([i]), "score": score} for i, score in pairs])
+            said.append({"label": " | ".join(hole[0]["token"] for hole in holes), "masks": holes})
+        return said
+
+
+class NearestTexts(TextPredictor):
+    """For each text the others nearest to it."""
+
+    kind = "nearest texts"
+    architecture = ResonanceForSentenceEmbedding
+
+    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+        return [{"embedding": vector} for vector in out.embeddings.float().cpu()]
+
+    def finish(self, found: list[Found]) -> list[Found]:
+        vectors = torch.stack([one["embedding"] for one in found])
+        similarity = (vectors @ vectors.T).fill_diagonal_(-2.0)
+        for i, one in enumerate(found):
+            best = similarity[i].topk(min(self.top, len(found) - 1))
+            pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            one["nearest"] = [{"text": found[j]["input"], "name": found[j]["name"], "score": s} for j, s in pairs]
+            one["label"] = one["nearest"][0]["text"] if one["nearest"] else ""
+            one["score"] = one["nearest"][0]["score"] if one["nearest"] else None
+            one["embedding"] = [round(v, 6) for v in one["embedding"].tolist()]
+        return found
+
+
+def _truth(row: dict[str, Any]) -> Found:
+    return {"truth": str(row["label"])} if row.get("label") is not None else {}
