@@ -22,7 +22,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # named settings, each measured: docs/re
 }
 TRAINING_FIELDS = {  # without effect in evaluation
     *("dropout", "initializer_range", "initial_context", "shortest_context", "initial_step", "format_version"),
-    *("label_smoothing", "z_loss_weight", "entropy_weight", "mode_noise"),
+    *("label_smoothing", "z_loss_weight", "entropy_weight", "mode_noise", "modality_dropout"),
 }
 
 
@@ -111,6 +111,7 @@ class ResonanceConfig(PreTrainedConfig):
         bridge: from the encoder to the decoder, a "memory" or a "spectral" one.
         modalities: what a multimodal model takes, of "text", "image" and "audio".
         fusion: of modalities, "holographic" or "spectral".
+        modality_dropout: while training, the chance of each modality of an example to be left out, if others are there.
         image_mixers: as ``mixers``, of the encoder of images beside others.
         audio_mixers: as ``mixers``, of the encoder of sounds beside others.
         tie_word_embeddings: whether the output head is the embedding.
@@ -190,6 +191,7 @@ class ResonanceConfig(PreTrainedConfig):
     bridge: str = "memory"
     modalities: tuple[str, ...] = ("text", "image", "audio")
     fusion: str = "holographic"
+    modality_dropout: float | int = 0.0
     image_mixers: tuple[str, ...] = ("global_filter",)
     audio_mixers: tuple[str, ...] = ("global_filter",)
     tie_word_embeddings: bool = True

@@ -125,6 +125,7 @@ def check_fields(config: ResonanceConfig) -> None:
     check(value is DERIVED or positive, "min_damping", "> 0, or None")
     for field, low, high, allowed in (
         ("dropout", 0, 1, "in [0, 1)"),
+        ("modality_dropout", 0, 1, "in [0, 1)"),
         ("label_smoothing", 0, 1, "in [0, 1)"),
         ("z_loss_weight", 0, math.inf, "≥ 0"),
         ("mode_noise", 0, math.inf, "≥ 0"),

@@ -18,6 +18,7 @@ from resonance_nn.models.encoder import (
     ResonanceForTokenClassification,
 )
 from resonance_nn.models.mamba2 import load_mamba2_layer, mamba2_config
+from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceForMultimodalClassification
 from resonance_nn.models.vision import ResonanceForImageClassification
 
 transformers.AutoConfig.register(ResonanceConfig.model_type, ResonanceConfig, exist_ok=True)
@@ -45,8 +46,10 @@ __all__ = [
     "ResonanceForAudioClassification",
     "ResonanceForAudioFrameClassification",
     "ResonanceForCausalLM",
+    "ResonanceForContrastive",
     "ResonanceForImageClassification",
     "ResonanceForMaskedLM",
+    "ResonanceForMultimodalClassification",
     "ResonanceForSentenceEmbedding",
     "ResonanceForSequenceClassification",
     "ResonanceForTokenClassification",
