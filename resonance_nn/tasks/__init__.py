@@ -5,6 +5,7 @@ from resonance_nn.tasks.base import Build, Learning, Task
 from resonance_nn.tasks.images import ImageClassification
 from resonance_nn.tasks.language import LanguageModelling
 from resonance_nn.tasks.masked import MaskedLanguageModelling
+from resonance_nn.tasks.multimodal import MultimodalClassification, MultimodalRetrieval
 from resonance_nn.tasks.text import SentenceEmbedding, TextClassification, TokenClassification
 
 TASKS: dict[str, type[Task]] = {
@@ -18,6 +19,8 @@ TASKS: dict[str, type[Task]] = {
         ImageClassification,
         AudioClassification,
         AudioEventDetection,
+        MultimodalClassification,
+        MultimodalRetrieval,
     )
 }
 

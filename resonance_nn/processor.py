@@ -1,0 +1,79 @@
+"""Texts, pictures and sounds, any of them missing -> the inputs of a multimodal model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from transformers import BatchFeature, ProcessorMixin
+
+from resonance_nn.data import encode_bytes
+from resonance_nn.data.audio import read_audio
+
+MODALITIES = ("text", "image", "audio")
+
+
+class ResonanceProcessor(ProcessorMixin):
+    """A tokenizer, a :class:`ResonanceImageProcessor` and a `Wav2Vec2FeatureExtractor`, saved as one."""
+
+    def __init__(self, tokenizer: Any, image_processor: Any, feature_extractor: Any, **kwargs: Any) -> None:
+        super().__init__(tokenizer, image_processor, feature_extractor, **kwargs)
+
+    def __call__(  # type: ignore[override]
+        self,
+        text: Sequence[str | None] | None = None,
+        images: Sequence[Any] | None = None,
+        audio: Sequence[Any] | None = None,
+        modalities: Sequence[str] = MODALITIES,
+        size: tuple[int, int] | None = None,
+        max_length: int | None = None,
+    ) -> BatchFeature:
+        """The inputs of B examples, and ``present`` (B, M), which of ``modalities`` each has.
+
+        Args:
+            text: B texts; None, as anywhere below, where there is none.
+            images: what :func:`read_image` takes.
+            audio: what :func:`read_audio` takes; arrays at the rate of the model.
+            modalities: of the model, ``config.modalities``.
+            size: (rows, columns) of the pictures, ``config.image_size``.
+            max_length: tokens of a text at most.
+        """
+        given = {name: values for name, values in zip(MODALITIES, (text, images, audio), strict=True) if values}
+        if not given or len({len(values) for values in given.values()}) > 1:
+            lengths = {name: len(values) for name, values in given.items()}
+            raise ValueError(f"examples: {lengths or 'none'}; give texts, images or audio, as many of each")
+        present = {name: [value is not None for value in values] for name, values in given.items()}
+        made: dict[str, torch.Tensor] = {}
+        if "text" in given:
+            made |= self._texts(given["text"], max_length)
+        if "image" in given and any(present["image"]):
+            made["pixel_values"] = self._images(given["image"], size)
+        if "audio" in given:
+            made |= self._sounds(given["audio"])
+        B = len(next(iter(given.values())))
+        made["present"] = torch.tensor(
+            [[present[m][b] if m in present else False for m in modalities] for b in range(B)]
+        )
+        return BatchFeature(made)
+
+    def _texts(self, texts: Sequence[str | None], max_length: int | None) -> dict[str, torch.Tensor]:
+        rows = [encode_bytes(self.tokenizer, (text or "").encode())[:max_length] for text in texts]
+        ids = [torch.tensor(row or [self.tokenizer.pad_token_id or 0]) for row in rows]
+        mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
+        return {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
+
+    def _images(self, images: Sequence[Any], size: tuple[int, int] | None) -> torch.Tensor:
+        arrays = [None if image is None else self.image_processor.array(image, size) for image in images]
+        shape = next(array.shape for array in arrays if array is not None)
+        filled = [np.zeros(shape, np.uint8) if array is None else array for array in arrays]
+        return self.image_processor.normalise(torch.from_numpy(np.stack(filled)))
+
+    def _sounds(self, sounds: Sequence[Any]) -> dict[str, torch.Tensor]:
+        rate = self.feature_extractor.sampling_rate
+        arrays = [np.zeros(1, np.float32) if sound is None else read_audio(sound, rate) for sound in sounds]
+        rows = [torch.from_numpy((x - x.mean()) / np.sqrt(x.var() + 1e-7)) for x in arrays]
+        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
+        return {"input_values": pad_sequence(rows, batch_first=True), "audio_attention_mask": mask}

@@ -1,0 +1,128 @@
+"""`resonance train --task multimodal-…`: tables of texts, pictures and sounds, any of them missing."""
+
+from __future__ import annotations
+
+import json
+import wave
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from resonance_nn import ResonanceForMultimodalClassification
+from resonance_nn.cli import main
+from resonance_nn.processor import ResonanceProcessor
+
+SMALL = ["--set", "hidden_size=32", "--set", "num_hidden_layers=1", "--set", "chunk_size=16", "--set", "patch_size=2"]
+SMALL += ["--set", "num_mel_bins=8", "--precision", "fp32", "--lr", "1e-2", "--vocab-size", "300", "--batch-size", "16"]
+COLOURS = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250)}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A colour, said, shown and sounded; in a third of the rows one of the three is missing."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+    for i in range(90):
+        name, shade = list(COLOURS)[i % 3], int(rng.integers(100))
+        pixels = np.clip(np.array(COLOURS[name]) + rng.integers(-60, 60, (8, 8, 3)), 0, 255).astype(np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        t = np.arange(400) / 2000
+        samples = np.sin(2 * np.pi * (100 + 300 * (i % 3)) * t) + rng.normal(0, 0.2, len(t))
+        with wave.open(str(folder / f"{i}.wav"), "wb") as file:
+            file.setparams((1, 2, 2000, 0, "NONE", ""))
+            file.writeframes((samples * 8000).astype("<i2").tobytes())
+        row = {"text": f"a {name} thing, {shade}", "image": f"{i}.png", "audio": f"{i}.wav", "label": name}
+        if i % 9 < 3:
+            row[("text", "image", "audio")[i % 9]] = None
+        rows.append(row)
+    for name, part in (("train", rows[:72]), ("test", rows[72:])):
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, part)) + "\n")
+    return folder
+
+
+def words_of(task: str, data: Any, output: Any, *more: str) -> list[str]:
+    words = ["train", "--task", task, "--data", str(data / "train.jsonl"), "--eval-data", str(data / "test.jsonl")]
+    return [*words, "--output-dir", str(output), *SMALL, *more]
+
+
+@pytest.mark.parametrize("fusion", ["holographic", "spectral"])
+def test_classification_learns_and_any_subset_works(fusion, data, tmp_path):
+    words = words_of("multimodal-classification", data, tmp_path / "m", "--steps", "30", "--set", f"fusion={fusion}")
+    assert main([*words, "--set", "modality_dropout=0.3"]) == 0
+    summary = json.loads((tmp_path / "m" / "train.json").read_text())["summary"]
+    assert summary["eval_accuracy"] > 0.9
+    assert summary["eval_macro_accuracy"] > 0.9
+    model = ResonanceForMultimodalClassification.from_pretrained(tmp_path / "m").eval()
+    processor: Any = ResonanceProcessor.from_pretrained(tmp_path / "m")
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    for name, key, given in (("text", "text", "text"), ("image", "images", "image"), ("audio", "audio", "audio")):
+        some = [row for row in rows if row[given]]
+        values = [row[given] if name == "text" else str(data / row[given]) for row in some]
+        with torch.no_grad():
+            logits = model(**processor(**{key: values}, size=model.config.image_size)).logits
+        right = [model.config.id2label[int(i)] == row["label"] for i, row in zip(logits.argmax(-1), some, strict=True)]
+        assert sum(right) / len(right) > 0.6, name
+
+
+def test_retrieval_learns(data, tmp_path):
+    words = words_of("multimodal-retrieval", data, tmp_path / "m", "--steps", "40")
+    assert main([*words, "--set", 'modalities=["text","image"]']) == 0
+    summary = json.loads((tmp_path / "m" / "train.json").read_text())["summary"]
+    assert summary["eval_candidates"] == 14  # of 18, without those that lack a side
+    assert summary["eval_recall@10"] > 0.75
+    assert summary["eval_loss"] < 1.6  # the colour is known; which thing of the colour is not
+
+
+def test_resume_is_bit_equal(data, tmp_path):
+    more = ("--steps", "6", "--save-every", "3", "--keep", "9", "--set", "modality_dropout=0.5")
+    assert main(words_of("multimodal-classification", data, tmp_path / "m", *more)) == 0
+    whole = load_file(tmp_path / "m" / "model.safetensors")
+    (tmp_path / "m" / "checkpoint-6").rename(tmp_path / "aside")
+    for name in ("train.json", "model.safetensors"):
+        (tmp_path / "m" / name).unlink()
+    assert main([*words_of("multimodal-classification", data, tmp_path / "m", *more), "--resume"]) == 0
+    again = load_file(tmp_path / "m" / "model.safetensors")
+    assert all(torch.equal(whole[name], again[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"label": "x"}, "has none of text, image, audio"),
+        ({"text": "", "image": None, "label": "x"}, "has none of text, image, audio"),
+        ({"text": 5, "label": "x"}, "its text is 5"),
+        ({"text": "a"}, "has no 'label'"),
+        ({"image": "nowhere.png", "label": "x"}, "nowhere.png: No such file"),
+        ({"audio": "nowhere.wav", "label": "x"}, "nowhere.wav"),
+    ],
+)
+def test_rows_that_are_none(row, message, data, tmp_path, capsys):
+    (data / "bad.jsonl").write_text(
+        f"{json.dumps(row)}\n{json.dumps({**row, 'label': 'y'}) if 'label' in row else ''}\n"
+    )
+    words = words_of("multimodal-classification", data, tmp_path / "run", "--steps", "1")
+    words[words.index(str(data / "train.jsonl"))] = words[words.index(str(data / "test.jsonl"))] = str(
+        data / "bad.jsonl"
+    )
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip()
+    assert message in error
+    assert "\n" not in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_processor_says_what_is_there(data, tmp_path):
+    assert main(words_of("multimodal-classification", data, tmp_path / "m", "--steps", "1")) == 0
+    processor: Any = ResonanceProcessor.from_pretrained(tmp_path / "m")
+    made = processor(text=["red", None], audio=[None, str(data / "5.wav")], modalities=("text", "image", "audio"))
+    assert made["present"].tolist() == [[True, False, False], [False, False, True]]
+    assert "pixel_values" not in made
+    assert made["attention_mask"].shape == made["input_ids"].shape
+    for arguments in ({}, {"text": ["a"], "images": [None, None]}):
+        with pytest.raises(ValueError, match="give texts, images or audio, as many of each"):
+            processor(**arguments)
