@@ -20,6 +20,7 @@ from resonance_nn.cli import (
     bench_scaling,
     bench_spectrum,
     bench_speed,
+    bench_task,
 )
 
 bench = typer.Typer(name="bench")
@@ -47,5 +48,6 @@ bench.command()(bench_quality.quality)
 bench.command()(bench_learning.recall)
 bench.command()(bench_spectrum.spectrum)
 bench.command()(bench_speed.speed)
+bench.command()(bench_task.task)
 bench.command()(bench_speed.throughput)
 bench.command()(bench_learning.tracking)

@@ -1,0 +1,107 @@
+"""`resonance bench task`: ours beside transformers' models of equal size on images, sounds and texts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from resonance_nn.cli.bench_common import SetOption, check_outputs, names, numbers, use_threads
+from resonance_nn.cli.bench_learning import OutputDir, Overwrite, Rates, Resume, Threads, WeightDecay
+from resonance_nn.cli.common import (
+    DeviceOption,
+    JsonOption,
+    config_fields,
+    console_for,
+    stderr_console,
+    wide_view,
+    write_json,
+)
+
+
+def task(
+    data: Annotated[list[str], typer.Option("--data", help="As of `resonance train`; repeatable.")],
+    name: Annotated[str, typer.Option("--task", help="As of `resonance train`.")] = "image-classification",
+    models: Annotated[str, typer.Option(help="By commas: resonance, vit, bert, ast, wav2vec2.")] = "resonance",
+    eval_data: Annotated[list[str] | None, typer.Option("--eval-data", help="Held out; default: 5%.")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.", show_default="1")] = None,
+    steps: Annotated[int | None, typer.Option(help="Instead of epochs.", show_default=False)] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Examples a step.", show_default="the task's")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Of the tokenizer to train.", show_default="8192")] = None,
+    config: SetOption = None,
+    mixers: Annotated[str | None, typer.Option(help="Of ours, by commas.", show_default="the task's")] = None,
+    dropout: Annotated[float | None, typer.Option(help="In [0, 1), of all models.", show_default="0")] = None,
+    augment: Annotated[str | None, typer.Option(help="As of `resonance train`.", show_default=False)] = None,
+    lrs: Rates = "1e-3,3e-3",
+    seeds: Annotated[int, typer.Option(help="Of weights and batches.")] = 3,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="adamw or muon, of all models.")] = "adamw",
+    weight_decay: WeightDecay = 0.1,
+    precision: Annotated[str, typer.Option(help="auto, bf16, fp16 or fp32, of the matmuls.")] = "auto",
+    threads: Threads = None,
+    device: DeviceOption = "cpu",
+    output_dir: OutputDir = "runs/bench-task",
+    resume: Resume = False,
+    overwrite: Overwrite = False,
+    json_path: JsonOption = None,
+) -> None:
+    """Train models of equal size from scratch on a task, each at its best rate, and compare.
+
+    Example: resonance bench task --task image-classification --data photos --models resonance,vit --epochs 5
+    """
+    check_outputs(json_path, None)
+    use_threads(threads)
+    rates, fields = numbers("--lrs", lrs, float), config_fields(config)
+
+    from resonance_nn.arguments import TrainArguments
+    from resonance_nn.bench import tasks_quality as suite
+
+    arguments = TrainArguments(
+        data=data,
+        output_dir=output_dir,
+        task=name,
+        eval_data=eval_data or (),
+        config=fields,
+        mixers=None if mixers is None else names(mixers),
+        dropout=dropout,
+        vocab_size=vocab_size,
+        steps=steps,
+        epochs=epochs,
+        batch_size=batch_size,
+        optimizer=optimizer,
+        weight_decay=weight_decay,
+        precision=precision,
+        device=device,
+        augment=None if augment is None else names(augment),
+    )
+    options = suite.TaskOptions(arguments, names(models), rates, seeds, Path(output_dir))
+
+    def report(number: int, total: int, case: suite.Case) -> None:
+        stderr_console.print(f"{number}/{total} {case.title}", markup=False)
+
+    payload = suite.run(options, resume=resume, overwrite=overwrite, progress=report)
+    _show(payload, console_for(json_path))
+    if json_path is not None:
+        write_json(json_path, payload)
+
+
+def _show(payload: Mapping[str, Any], out: Console) -> None:
+    from rich.table import Table
+
+    from resonance_nn.bench.common import number
+
+    machine = payload["machine"]
+    title = f"{payload['options']['task']}, {payload['options']['seeds']} seeds; {machine['cpu']}"
+    view = Table("model", "figure", title=title, highlight=False)
+    for heading in ("parameters", "rate", "mean", "± 95%", "less peer", "± 95%", "minutes"):
+        view.add_column(heading, justify="right")
+    for row in payload["rows"]:
+        view.add_row(
+            *(row["case"], row["metric"], f"{row['parameters']:,}", f"{row['lr']:g}"),
+            *(number(row["ours"], ".4f"), number(row["interval"], ".4f")),
+            *(number(row["difference"], "+.4f"), number(row["difference_interval"], ".4f")),
+            f"{row['minutes']:.1f}",
+        )
+    wide_view(out).print(view)

@@ -1,0 +1,116 @@
+"""`bench task`: models of equal size on the same task by the same loop; what is finished is kept."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from resonance_nn import (
+    ResonanceConfig,
+    ResonanceForAudioClassification,
+    ResonanceForImageClassification,
+    ResonanceForSequenceClassification,
+)
+from resonance_nn.bench.peers import TOLERANCE
+from resonance_nn.bench.task_peers import TASK_PEERS, build_task_peer, trained
+from resonance_nn.cli import main
+
+LABELS = {i: str(i) for i in range(10)}
+ENCODER = {"mixers": ("spectral_gate", "reversed:spectral_gate"), "hidden_size": 64, "num_hidden_layers": 2}
+IMAGES = {"mixers": ("global_filter",), "hidden_size": 64, "image_size": 28, "num_channels": 1, "num_hidden_layers": 2}
+CASES: dict[str, tuple[Any, dict[str, Any], dict[str, torch.Tensor]]] = {
+    "vit": (ResonanceForImageClassification, IMAGES, {"pixel_values": torch.randn(3, 1, 28, 28)}),
+    "bert": (
+        ResonanceForSequenceClassification,
+        {**ENCODER, "vocab_size": 300},
+        {"input_ids": torch.randint(0, 300, (3, 9)), "attention_mask": torch.ones(3, 9, dtype=torch.long)},
+    ),
+    "ast": (
+        ResonanceForAudioClassification,
+        {**ENCODER, "sampling_rate": 8000},
+        {"input_values": torch.randn(3, 5000), "attention_mask": torch.ones(3, 5000, dtype=torch.long)},
+    ),
+    "wav2vec2": (
+        ResonanceForAudioClassification,
+        {**ENCODER, "hidden_size": 128, "sampling_rate": 8000, "front_end": "waveform"},
+        {"input_values": torch.randn(3, 5000), "attention_mask": torch.ones(3, 5000, dtype=torch.long)},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", TASK_PEERS)
+def test_a_peer_has_our_size_and_learns_from_our_batches(name):
+    kind, fields, batch = CASES[name]
+    torch.manual_seed(0)
+    config = ResonanceConfig(**fields, id2label=LABELS)
+    parameters = trained(kind(config))
+    peer = build_task_peer(name, config, parameters)
+    assert abs(trained(peer) / parameters - 1) <= TOLERANCE
+    assert peer.config._attn_implementation == "sdpa"
+    out = peer(**batch, labels=torch.tensor([1, 0, 9]))
+    assert out.logits.shape == (3, 10)
+    out.loss.backward()
+    without = [n for n, p in peer.named_parameters() if p.requires_grad and (p.grad is None or not p.grad.any())]
+    assert not [name for name in without if "masked_spec_embed" not in name], without
+
+
+def test_a_padded_text_of_berts_equals_the_text_alone():
+    config = ResonanceConfig(**ENCODER, vocab_size=300, id2label=LABELS)
+    peer = build_task_peer("bert", config, trained(ResonanceForSequenceClassification(config))).eval()
+    ids, mask = torch.randint(0, 300, (2, 9)), torch.ones(2, 9, dtype=torch.long)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        assert torch.allclose(peer(ids, mask).logits[1:], peer(ids[1:, :5]).logits, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pictures")
+    rng = np.random.default_rng(0)
+    for name, light in (("dark", 40), ("light", 200)):
+        (folder / name).mkdir()
+        for i in range(30):
+            pixels = rng.integers(0, 50, (8, 8), dtype=np.uint8) + np.uint8(light)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+def test_run_tunes_compares_and_resumes(pictures, tmp_path, capsys):
+    words = ["bench", "task", "--data", str(pictures), "--models", "resonance,vit", "--steps", "6", "--seeds", "2"]
+    words += ["--lrs", "1e-4,1e-2", "--set", "hidden_size=64", "--set", "num_hidden_layers=1", "--set", "patch_size=2"]
+    words += ["--batch-size", "16", "--output-dir", str(tmp_path / "runs"), "--json", str(tmp_path / "t.json")]
+    assert main(words) == 0
+    payload = json.loads((tmp_path / "t.json").read_text())
+    assert {(run["model"], run["lr"], run["seed"]) for run in payload["runs"]} >= {
+        (model, lr, 0) for model in ("resonance", "vit") for lr in (1e-4, 1e-2)
+    }
+    assert len(payload["runs"]) == 6
+    ours, vit = (row for row in payload["rows"] if row["metric"] == "accuracy")
+    assert (ours["case"], vit["case"], ours["peer_name"]) == ("resonance", "vit", "ViT")
+    assert ours["difference"] == pytest.approx(ours["ours"] - vit["ours"])
+    assert len(ours["values"]) == 2
+    assert abs(ours["parameters"] / vit["parameters"] - 1) <= TOLERANCE
+    assert main(words) == 2
+    assert "already holds a finished run" in capsys.readouterr().err
+    assert main([*words, "--resume"]) == 0
+    assert json.loads((tmp_path / "t.json").read_text())["rows"] == payload["rows"]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--models", "bert"], "'bert' is none for image-classification; choose from resonance, vit"),
+        (["--task", "juggling"], "must be one of text-generation"),
+        (["--seeds", "0"], "seeds = 0"),
+        (["--lrs", "0"], "lr = 0"),
+    ],
+)
+def test_what_cannot_be_run(more, message, pictures, tmp_path, capsys):
+    assert main(["bench", "task", "--data", str(pictures), "--output-dir", str(tmp_path / "runs"), *more]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
