@@ -50,13 +50,27 @@ class Block(nn.Module):
         grid: tuple[int, int] | None = None,
     ) -> tuple[Tensor, State | None, list[Tensor] | None]:
         losses: list[Tensor] | None = [] if return_losses else None
+        x, y, state = self.mix(x, length, reset, state, return_state, losses, grid)
+        x, normed = self.mlp_norm(x, self._drop(y))
+        return x + self._drop(self.mlp(normed)).to(x.dtype), state, losses
+
+    def mix(
+        self,
+        x: Tensor,
+        length: Tensor | None,
+        reset: Tensor | None,
+        state: State | None,
+        return_state: bool,
+        losses: list[Tensor] | None,
+        grid: tuple[int, int] | None,
+    ) -> tuple[Tensor, Tensor, State | None]:
+        """What stands before the MLP: the residual stream, the branch y that is to be added to it, and the state."""
         x, normed = self.mixer_norm(x)
         of_image: dict[str, Any] = {"grid": grid} if grid is not None and self.mixer.of_images else {}
         y, state = self.mixer.mix(
             normed, length=length, reset=reset, state=state, return_state=return_state, losses=losses, **of_image
         )
-        x, normed = self.mlp_norm(x, self._drop(y))
-        return x + self._drop(self.mlp(normed)).to(x.dtype), state, losses
+        return x, y, state
 
     def _drop(self, y: Tensor) -> Tensor:
         return F.dropout(y, self.dropout) if self.dropout > 0 and self.training else y
@@ -107,9 +121,9 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Blocks and the final norm."""
 
-    def __init__(self, config: ResonanceConfig) -> None:
+    def __init__(self, config: ResonanceConfig, block: type[Block] = Block) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.blocks = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(

@@ -19,12 +19,14 @@ from resonance_nn.models.encoder import (
 )
 from resonance_nn.models.mamba2 import load_mamba2_layer, mamba2_config
 from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceForMultimodalClassification
+from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
 from resonance_nn.models.vision import ResonanceForImageClassification
 
 transformers.AutoConfig.register(ResonanceConfig.model_type, ResonanceConfig, exist_ok=True)
 for auto, model in (
     (transformers.AutoModel, ResonanceModel),
     (transformers.AutoModelForCausalLM, ResonanceForCausalLM),
+    (transformers.AutoModelForSeq2SeqLM, ResonanceForConditionalGeneration),
     (transformers.AutoModelForMaskedLM, ResonanceForMaskedLM),
     (transformers.AutoModelForSequenceClassification, ResonanceForSequenceClassification),
     (transformers.AutoModelForTokenClassification, ResonanceForTokenClassification),
@@ -46,6 +48,7 @@ __all__ = [
     "ResonanceForAudioClassification",
     "ResonanceForAudioFrameClassification",
     "ResonanceForCausalLM",
+    "ResonanceForConditionalGeneration",
     "ResonanceForContrastive",
     "ResonanceForImageClassification",
     "ResonanceForMaskedLM",

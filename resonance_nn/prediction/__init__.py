@@ -9,11 +9,14 @@ from resonance_nn.loading import load_any
 from resonance_nn.prediction.base import Found, Predictor
 from resonance_nn.prediction.images import ImageClasses
 from resonance_nn.prediction.sounds import SoundClasses, SoundEvents
-from resonance_nn.prediction.texts import HiddenWords, NearestTexts, TextClasses, WordClasses
+from resonance_nn.prediction.texts import HiddenWords, NearestTexts, TextClasses, Translations, WordClasses
 
 PREDICTORS: dict[str, type[Predictor]] = {
     one.architecture.__name__: one
-    for one in (TextClasses, WordClasses, HiddenWords, NearestTexts, ImageClasses, SoundClasses, SoundEvents)
+    for one in (
+        *(TextClasses, WordClasses, HiddenWords, NearestTexts, Translations),
+        *(ImageClasses, SoundClasses, SoundEvents),
+    )
 }
 
 

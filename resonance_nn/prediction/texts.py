@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from resonance_nn.data import encode_bytes
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.tables import KINDS, read_lines, read_table
+from resonance_nn.evaluation import autocast
 from resonance_nn.loading import load_tokenizer
 from resonance_nn.models.encoder import (
     ResonanceForMaskedLM,
@@ -17,8 +19,10 @@ from resonance_nn.models.encoder import (
     ResonanceForSequenceClassification,
     ResonanceForTokenClassification,
 )
+from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
 from resonance_nn.prediction.base import Found, Predictor
 from resonance_nn.tasks.text import padded
+from resonance_nn.tasks.translation import translate
 
 
 class TextPredictor(Predictor):
@@ -134,6 +138,23 @@ class NearestTexts(TextPredictor):
             one["score"] = one["nearest"][0]["score"] if one["nearest"] else None
             one["embedding"] = [round(v, 6) for v in one["embedding"].tolist()]
         return found
+
+
+class Translations(TextPredictor):
+    """By beam search."""
+
+    kind = "translations"
+    architecture = ResonanceForConditionalGeneration
+
+    def __call__(
+        self, inputs: Sequence[Found], *, batch_size: int = 32, precision: str = "fp32", progress: bool = False
+    ) -> list[Found]:
+        with autocast(precision, self.model.device.type):
+            made = translate(self.model, self.processor, [one["input"] for one in inputs], progress=progress)
+        return [{**one, "label": text} for one, text in zip(inputs, made, strict=True)]
+
+    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+        raise NotImplementedError("a translation is made token by token")
 
 
 def _truth(row: dict[str, Any]) -> Found:

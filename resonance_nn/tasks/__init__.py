@@ -7,6 +7,7 @@ from resonance_nn.tasks.language import LanguageModelling
 from resonance_nn.tasks.masked import MaskedLanguageModelling
 from resonance_nn.tasks.multimodal import MultimodalClassification, MultimodalRetrieval
 from resonance_nn.tasks.text import SentenceEmbedding, TextClassification, TokenClassification
+from resonance_nn.tasks.translation import Translation
 
 TASKS: dict[str, type[Task]] = {
     task.name: task
@@ -16,6 +17,7 @@ TASKS: dict[str, type[Task]] = {
         TextClassification,
         TokenClassification,
         SentenceEmbedding,
+        Translation,
         ImageClassification,
         AudioClassification,
         AudioEventDetection,

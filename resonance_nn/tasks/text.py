@@ -108,6 +108,7 @@ class TextTask(Task):
         config = self.initial()
         if not self.arguments.init:
             config.vocab_size = tokenizer_vocab_size(tokenizer)
+            config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # type: ignore[assignment]
             config.pad_token_id = tokenizer.pad_token_id  # type: ignore[assignment]
         self.describe(config, facts)
         return Learning(
