@@ -43,7 +43,7 @@ class ResonanceImageProcessor(BaseImageProcessor):
         self.image_mean, self.image_std = list(image_mean), list(image_std)
         self.size = None if size is None else [int(n) for n in size]
 
-    def __call__(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:
+    def __call__(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:  # type: ignore[override]
         """``images``: one or a list of Pillow's, arrays (rows, columns[, channels]) or paths."""
         several = isinstance(images, list | tuple)
         size = kwargs.get("size", self.size)

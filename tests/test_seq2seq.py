@@ -12,7 +12,7 @@ from contract import small_config, uneven
 from torch import Tensor
 from torch.nn import functional as F
 
-from resonance_nn import ResonanceCache, ResonanceConfig
+from resonance_nn import ResonanceCache, ResonanceConfig, backbone
 from resonance_nn.bridges import BRIDGES, Bridge, MemoryBridge, extent_modes
 from resonance_nn.models.base import ResonanceModel
 from resonance_nn.models.seq2seq import DecoderBlock, ResonanceForConditionalGeneration
@@ -303,6 +303,15 @@ def test_any_split_of_the_target_equals_one_call(bridge: str, mixers: tuple[str,
     loaded, _ = ResonanceCache.load(tmp_path / "state")
     expected = model(decoder_input_ids=target[:, :4], past_key_values=copy.deepcopy(cache)).logits
     assert torch.equal(model(decoder_input_ids=target[:, :4], past_key_values=loaded).logits, expected)
+
+
+@models
+@torch.no_grad()
+def test_segments_of_a_long_target(bridge: str, mixers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
+    model, source, target = small(bridge, mixers).double(), ids(2, 15), ids(2, 75)
+    whole = model(source, decoder_input_ids=target).logits
+    monkeypatch.setattr(backbone, "SEGMENT", 16)
+    assert relative(model(source, decoder_input_ids=target).logits, whole) < 1e-10
 
 
 @bridges
