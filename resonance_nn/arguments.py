@@ -13,7 +13,10 @@ from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import SPECIAL_TOKENS
 
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
-SET_BY_THE_RUN = ("bos_token_id", "eos_token_id", "pad_token_id", "format_version", "use_cache")
+SET_BY_THE_RUN = (
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+    *("format_version", "use_cache"),
+)
 OPTIMIZERS = {"muon": 6e-3, "adamw": 3e-3}  # and the rate each does well with at a width of 256
 LOGGERS = ("none", "tensorboard", "trackio", "wandb")
 # What may differ between a run and its resumption. Data is compared by what is in it.

@@ -108,7 +108,9 @@ class ResonanceConfig(PreTrainedConfig):
         num_mel_bins: bands of "log_mel".
         encoder_mixers: as ``mixers``, of the encoder of texts in models that have more than one stack.
         num_encoder_layers: blocks of each encoder in such models; None means ``num_hidden_layers``.
-        bridge: from the encoder to the decoder, a "memory" or a "spectral" one.
+        bridge: from the encoder to the decoder, a "memory" or a "spectral" one, of ``num_heads`` and ``num_modes``; the
+            memory has convolutions of ``conv_size``.
+        decoder_start_token_id: what a target begins with; None means ``bos_token_id``.
         modalities: what a multimodal model takes, of "text", "image" and "audio".
         fusion: of modalities, "holographic" or "spectral".
         modality_dropout: while training, the chance of each modality of an example to be left out, if others are there.
@@ -201,6 +203,7 @@ class ResonanceConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
+    decoder_start_token_id: int | None = None
     format_version: int = FORMAT_VERSION
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -282,7 +285,8 @@ class ResonanceConfig(PreTrainedConfig):
         return (
             cls.own_fields()
             - TRAINING_FIELDS
-            - {"bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "chunk_size", "backend"}
+            - {"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"}
+            - {"use_cache", "chunk_size", "backend"}
         )
 
     def to_dict(self) -> dict[str, Any]:

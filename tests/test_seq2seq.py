@@ -1,4 +1,5 @@
-"""Contracts of the encoder–decoder and of the bridges between its halves."""
+"""Contracts of the encoder–decoder: what its decoder sees, its loss, what it refuses. Generation is in
+``test_seq2seq_generation.py``."""
 
 from __future__ import annotations
 
@@ -8,15 +9,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import relative
-from contract import small_config, uneven
+from contract import small_config
 from torch import Tensor
 from torch.nn import functional as F
 
-from resonance_nn import ResonanceCache, ResonanceConfig, backbone
-from resonance_nn.bridges import BRIDGES, Bridge, MemoryBridge, extent_modes
-from resonance_nn.models.base import ResonanceModel
+from resonance_nn import ResonanceCache
+from resonance_nn.bridges import BRIDGES
 from resonance_nn.models.seq2seq import DecoderBlock, ResonanceForConditionalGeneration
-from resonance_nn.optim import build_optimizer
 
 bridges = pytest.mark.parametrize("bridge", BRIDGES)
 MODELS = [
@@ -28,7 +27,7 @@ MODELS = [
 models = pytest.mark.parametrize(("bridge", "mixers"), MODELS)
 
 
-def small(bridge: str, mixers: tuple[str, ...] = ("spectral_gate",), **overrides: Any):
+def small(bridge: str, mixers: tuple[str, ...] = ("spectral_gate",), **overrides: Any) -> Any:
     """A model whose parts are large enough for changes to show."""
     torch.manual_seed(0)
     special: dict[str, Any] = dict(decoder_start_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -144,54 +143,6 @@ def test_an_empty_source_is_finite(bridge: str):
     assert relative(out[1:], model(source[1:], decoder_input_ids=target[1:]).logits) < 1e-5
 
 
-# --- the bridges alone
-
-
-def test_memory_is_the_delta_rule_over_the_source():
-    torch.manual_seed(0)
-    bridge, source = MemoryBridge(small_config()).double(), torch.randn(2, 90, 32, dtype=torch.float64)
-    H, K, P = 2, 16, 16
-    k, v = bridge.source_proj(source).split((H * K, 32), -1)
-    w = bridge.conv.weight  # (7, H·K), the fourth is a token's own
-    neighbours = F.pad(k, (0, 0, 3, 3))
-    k = torch.stack([w[j] * neighbours[:, 6 - j : 96 - j] for j in range(7)]).sum(0)
-    k = F.normalize(F.silu(k).view(2, 90, H, K), dim=-1)
-    v, beta = v.view(2, 90, H, P), torch.sigmoid(bridge.beta_proj(source))
-    S = torch.zeros(2, H, K, P, dtype=torch.float64)
-    for s in range(90):
-        error = v[:, s] - (k[:, s, :, None] @ S).squeeze(2)
-        S = S + beta[:, s, :, None, None] * k[:, s, :, :, None] * error[:, :, None]
-    assert relative(bridge.write(source), S) < 1e-4  # UNIT_EPS
-
-
-@torch.no_grad()
-def test_modes_are_those_of_the_fourier_transform():
-    v = torch.randn(3, 40, 6, dtype=torch.float64)
-    length = torch.tensor([40, 17, 1])
-    v[1, 17:] = v[2, 1:] = 0
-    Z = extent_modes(v, 25, length)
-    for row, n in enumerate(length.tolist()):
-        k = torch.arange(25)
-        turn = torch.exp(-1j * torch.pi * k.double() / n)[:, None]
-        spectrum = torch.fft.fft(v[row, :n], dim=0)[k % n] / n * turn
-        assert relative(Z[row], torch.cat((spectrum.real, spectrum.imag))) < 1e-12
-    assert relative(extent_modes(v[:1], 25), Z[:1]) < 1e-14
-    long = torch.ones(1, 100_000, 1)
-    assert relative(extent_modes(long, 3)[0, :1, 0], torch.ones(1)) < 1e-4
-    assert extent_modes(long, 3)[0, 1:].abs().max() < 1e-4
-
-
-@bridges
-@torch.no_grad()
-def test_what_is_read_does_not_grow_with_the_source(bridge: str):
-    torch.manual_seed(0)
-    of = BRIDGES[bridge](small_config()).double()
-    x, source = torch.randn(1, 50, 32).double(), torch.randn(1, 20, 32).double()
-    y = of.read(x, of.write(source))
-    repeated = of.read(x, of.write(source.repeat(1, 50, 1)))
-    assert 0.5 < float(repeated.norm() / y.norm()) < 2
-
-
 # --- the loss
 
 
@@ -282,137 +233,6 @@ def test_double_model_computes_in_double(bridge: str):
     assert 1e-13 < (scaled(source, decoder_input_ids=target).logits - out.logits).abs().max() < 1e-6
 
 
-# --- state and generation
-
-
-@models
-@torch.no_grad()
-def test_any_split_of_the_target_equals_one_call(bridge: str, mixers: tuple[str, ...], tmp_path):
-    model, source, target = small(bridge, mixers), ids(2, 15), ids(2, 175)
-    whole = model(source, decoder_input_ids=target).logits
-    for sizes in (uneven(175), [3, *[1] * 20]):
-        cache, outputs = None, []
-        for piece in target[:, : sum(sizes)].split(sizes, 1):
-            out = model(None if cache else source, decoder_input_ids=piece, past_key_values=cache, use_cache=True)
-            assert cache is None or out.past_key_values is cache, "updated in place"
-            cache = out.past_key_values
-            outputs.append(out.logits)
-        assert cache.get_seq_length() == sum(sizes)
-        assert relative(torch.cat(outputs, 1), whole[:, : sum(sizes)]) < 1e-5
-    cache.save(tmp_path / "state")
-    loaded, _ = ResonanceCache.load(tmp_path / "state")
-    expected = model(decoder_input_ids=target[:, :4], past_key_values=copy.deepcopy(cache)).logits
-    assert torch.equal(model(decoder_input_ids=target[:, :4], past_key_values=loaded).logits, expected)
-
-
-@models
-@torch.no_grad()
-def test_segments_of_a_long_target(bridge: str, mixers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch):
-    model, source, target = small(bridge, mixers).double(), ids(2, 15), ids(2, 75)
-    whole = model(source, decoder_input_ids=target).logits
-    monkeypatch.setattr(backbone, "SEGMENT", 16)
-    assert relative(model(source, decoder_input_ids=target).logits, whole) < 1e-10
-
-
-@bridges
-@torch.no_grad()
-def test_state_has_one_size_whatever_the_lengths(bridge: str):
-    model = small(bridge)
-    sizes = {
-        model(ids(1, n), decoder_input_ids=ids(1, m)).past_key_values.num_bytes()
-        for n in (1, 7, 300)
-        for m in (1, 2, 200)
-    }
-    assert len(sizes) == 1
-
-
-@pytest.mark.parametrize(
-    "options",
-    [{}, {"num_beams": 4, "length_penalty": 0.7}, {"do_sample": True, "top_k": 20, "temperature": 0.9}],
-    ids=["greedy", "beam4", "sampled"],
-)
-@models
-def test_generate_cached_equals_uncached(bridge: str, mixers: tuple[str, ...], options: dict):
-    model = small(bridge, mixers, initializer_range=0.3)
-    for side in ("left", "right"):
-        rows = [ids(1, n) for n in (20, 7, 1)]
-        source, mask = padded(rows, side)
-        common: dict[str, Any] = {"max_new_tokens": 15, "do_sample": False, **options}
-        results = []
-        for use_cache in (True, False):
-            torch.manual_seed(5)
-            results.append(model.generate(source, attention_mask=mask, use_cache=use_cache, **common))
-        assert torch.equal(*results)
-        assert (results[0][:, 0] == 1).all()
-        for row, alone in enumerate(rows if not common["do_sample"] else []):
-            said = model.generate(alone, **common)[0]
-            assert torch.equal(results[0][row, : len(said)], said)
-            assert (results[0][row, len(said) :] <= 2).all()  # padding or end
-
-
-@bridges
-def test_generate_goes_on_from_prompts(bridge: str):
-    model, source = small(bridge, initializer_range=0.3), ids(2, 9)
-    prompts, mask = padded([torch.cat((torch.ones(1, 1).long(), ids(1, m)), 1) for m in (6, 2)], "left")
-    common: dict[str, Any] = dict(max_new_tokens=8, min_new_tokens=8, do_sample=False)
-    both = model.generate(source, decoder_input_ids=prompts, decoder_attention_mask=mask, **common)
-    for row in range(2):
-        prompt = prompts[row : row + 1, mask[row].bool()]
-        alone = model.generate(source[row : row + 1], decoder_input_ids=prompt, **common)
-        assert torch.equal(both[row, -8:], alone[0, -8:])
-    with pytest.raises(ValueError, match="ends in padding"):
-        model.generate(source, decoder_input_ids=prompts, decoder_attention_mask=mask.flip(1), **common)
-    with pytest.raises(ValueError, match="cache_implementation = 'static'"):
-        model.generate(source, cache_implementation="static", **common)
-
-
-@pytest.mark.parametrize("num_beams", [1, 4])
-@bridges
-def test_a_source_is_read_and_written_once(bridge: str, num_beams: int, monkeypatch: pytest.MonkeyPatch):
-    model, source = small(bridge), ids(3, 50)
-    calls: dict[str, list[int]] = {"encode": [], "write": [], "read": []}
-
-    def counted(cls: type, method: str, name: str) -> None:
-        original = getattr(cls, method)
-
-        def count(self: Any, x: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-            calls[name].append(source.shape[1] if x is None else x.shape[1])
-            return original(self, *(() if x is None else (x,)), *args, **kwargs)
-
-        monkeypatch.setattr(cls, method, count)
-
-    counted(ResonanceModel, "forward", "encode")
-    counted(BRIDGES[bridge], "write", "write")
-    counted(Bridge, "read", "read")
-    model.generate(source, max_new_tokens=12, min_new_tokens=12, do_sample=False, num_beams=num_beams)
-    assert calls["encode"] == [50]
-    assert calls["write"] == [50, 50], "a block each, not once a step"
-    assert calls["read"] == [1] * 24, "token by token"
-
-
-@models
-def test_saved_and_loaded(bridge: str, mixers: tuple[str, ...], tmp_path):
-    model, source, labels = small(bridge, mixers, num_encoder_layers=3), ids(2, 9), ids(2, 7)
-    model.save_pretrained(tmp_path)
-    loaded, info = ResonanceForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
-    assert not any(info.values())
-    assert torch.equal(loaded(source, labels=labels).loss, model(source, labels=labels).loss)
-    assert loaded.lm_head.weight is loaded.encoder.embed.weight is loaded.get_input_embeddings().weight
-    assert loaded.generation_config.decoder_start_token_id == 1
-    assert len(loaded.encoder.backbone.blocks) == 3
-    assert (loaded.get_encoder(), loaded.get_decoder()) == (loaded.encoder, loaded.decoder)
-    half = model.to(torch.bfloat16).generate(source, max_new_tokens=5, do_sample=False)
-    assert half.shape[0] == 2
-
-
-def test_untied_head_and_a_config_left_as_it_was():
-    config = small_config(tie_word_embeddings=False)
-    model = ResonanceForConditionalGeneration(config)
-    assert model.lm_head.weight is not model.encoder.embed.weight
-    assert model.config.is_encoder_decoder
-    assert not config.is_encoder_decoder
-
-
 # --- bad inputs
 
 
@@ -457,42 +277,3 @@ def test_what_cannot_decode_or_encode():
         small("attention")
     with pytest.raises(ValueError, match="encoder_mixers"):
         small("memory", encoder_mixers=("none",))
-
-
-# --- learning
-
-
-def accuracy_of_reversing(bridge: str, steps: int) -> float:
-    """Of the tokens that a small model says when asked for 8 random ones of 19 in reverse order."""
-    torch.manual_seed(0)
-    config = ResonanceConfig(
-        vocab_size=20,
-        hidden_size=64,
-        num_heads=2,
-        num_hidden_layers=1,
-        num_encoder_layers=1,
-        initial_context=16,
-        bridge=bridge,
-        bos_token_id=0,
-    )
-    model = ResonanceForConditionalGeneration(config).train()
-    optimizer = build_optimizer(model, lr=5e-3)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: min(1, (i + 1) / 10) * (1 - i / steps))
-    for _ in range(steps):
-        source = torch.randint(1, 20, (64, 8))
-        loss = model(source, labels=source.flip(1)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    source = torch.randint(1, 20, (100, 8))
-    said = model.eval().generate(source, max_new_tokens=8, do_sample=False)[:, 1:]
-    return (said == source.flip(1)).double().mean().item()
-
-
-def test_the_memory_carries_what_was_said():
-    assert accuracy_of_reversing("memory", 200) > 0.95
-
-
-def test_the_modes_carry_what_was_said():
-    assert accuracy_of_reversing("spectral", 30) > 0.25  # by chance: 0.05

@@ -93,8 +93,8 @@ class ResonanceForMaskedLM(TextEncoder):
         return MaskedLMOutput(loss=self._objective(loss, out), hidden_states=out.hidden_states)  # type: ignore[arg-type]
 
 
-class ResonanceForSequenceClassification(TextEncoder):
-    """A label for a text: the mean of its tokens, the last or the first (``config.pooling``), and a linear map."""
+class TextClassifier(TextEncoder):
+    """An encoder and a linear map to labels."""
 
     def __init__(self, config: ResonanceConfig) -> None:
         super().__init__(config)
@@ -102,56 +102,53 @@ class ResonanceForSequenceClassification(TextEncoder):
         self.classifier = label_head(config)
         self.post_init()
 
+    def classify(self, hidden: Tensor, labels: Tensor | None, out: ResonanceOutput) -> tuple[Tensor, Tensor | None]:
+        """Logits of hidden states (..., D), and with ``labels`` the loss of :func:`classification_loss`."""
+        logits = self.classifier(self.dropout(hidden.to(self.classifier.weight.dtype)))
+        if labels is None:
+            return logits, None
+        return logits, self._objective(classification_loss(logits, labels, self.config, self.training), out)
+
+
+class ResonanceForSequenceClassification(TextClassifier):
+    """A label for a text: the mean of its tokens, the last or the first (``config.pooling``), and a linear map."""
+
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> SequenceClassifierOutput:
-        """Logits (B, labels), and with ``labels`` the loss of :func:`classification_loss`."""
-        out = self.encode(
-            input_ids, attention_mask, inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states
-        )
+        """Logits (B, labels), and with ``labels`` the loss of :func:`classification_loss`. ``inputs_embeds`` and
+        ``output_hidden_states`` as of :meth:`ResonanceForCausalLM.forward`."""
+        out = self.encode(input_ids, attention_mask, **_known(kwargs))
         assert out.last_hidden_state is not None
-        pooled = pool(out.last_hidden_state, attention_mask, self.config.pooling)
-        logits = self.classifier(self.dropout(pooled.to(self.classifier.weight.dtype)))
-        loss = None
-        if labels is not None:
-            loss = self._objective(classification_loss(logits, labels, self.config, self.training), out)
+        logits, loss = self.classify(pool(out.last_hidden_state, attention_mask, self.config.pooling), labels, out)
         return SequenceClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)  # type: ignore[arg-type]
 
 
-class ResonanceForTokenClassification(TextEncoder):
+class ResonanceForTokenClassification(TextClassifier):
     """A label for every token."""
-
-    def __init__(self, config: ResonanceConfig) -> None:
-        super().__init__(config)
-        self.dropout = nn.Dropout(config.dropout)
-        self.classifier = label_head(config)
-        self.post_init()
 
     def forward(
         self,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         labels: Tensor | None = None,
-        inputs_embeds: Tensor | None = None,
-        output_hidden_states: bool | None = None,
-        **_: Any,
+        **kwargs: Any,
     ) -> TokenClassifierOutput:
-        """Logits (B, L, labels), and with ``labels`` (B, L; −100 is ignored) the mean cross-entropy."""
-        out = self.encode(
-            input_ids, attention_mask, inputs_embeds=inputs_embeds, output_hidden_states=output_hidden_states
-        )
+        """Logits (B, L, labels), and with ``labels`` (B, L; −100 is ignored) the mean cross-entropy. Others as
+        :meth:`ResonanceForSequenceClassification.forward`."""
+        out = self.encode(input_ids, attention_mask, **_known(kwargs))
         assert out.last_hidden_state is not None
-        logits = self.classifier(self.dropout(out.last_hidden_state))
-        loss = None
-        if labels is not None:
-            loss = self._objective(classification_loss(logits, labels, self.config, self.training), out)
+        logits, loss = self.classify(out.last_hidden_state, labels, out)
         return TokenClassifierOutput(loss=loss, logits=logits, hidden_states=out.hidden_states)  # type: ignore[arg-type]
+
+
+def _known(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Of what a caller may pass, such as the Trainer, what the encoder takes."""
+    return {name: kwargs[name] for name in ("inputs_embeds", "output_hidden_states") if name in kwargs}
 
 
 @dataclass

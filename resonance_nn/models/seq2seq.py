@@ -220,7 +220,7 @@ class ResonanceForConditionalGeneration(ResonancePreTrainedModel, GenerationMixi
         """The labels (B, m) one place to the right, after ``config.decoder_start_token_id``, or ``bos_token_id`` where
         that is None, as in ``generate``. For −100 stands the padding's id, or again the first token's."""
         config = self.config
-        start = getattr(config, "decoder_start_token_id", None)
+        start = config.decoder_start_token_id
         start = config.bos_token_id if start is None else start
         if start is None:
             raise ValueError(

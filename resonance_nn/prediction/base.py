@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import torch
 from tqdm import tqdm
 
+from resonance_nn.data.documents import DataError
 from resonance_nn.evaluation import autocast
 
 Found = dict[str, Any]  # what is said about one input: "input", "name", and more
@@ -78,3 +79,37 @@ class Predictor(ABC):
             ]
             said.append({"label": ranked[0]["label"], "score": ranked[0]["score"], "scores": ranked})
         return said
+
+
+class FilePredictor(Predictor):
+    """Files of some kind; a folder stands for all in it."""
+
+    takes_text = False
+    suffixes: ClassVar[tuple[str, ...]]
+    what: ClassVar[str]  # they are, for people
+    processor_class: ClassVar[type[Any]]
+
+    @classmethod
+    def load_processor(cls, folder: Path) -> Any:
+        if not (folder / "preprocessor_config.json").is_file():
+            raise ValueError(f"model {str(folder)!r}: has no preprocessor_config.json; save its processor beside it")
+        return cls.processor_class.from_pretrained(str(folder), local_files_only=True)
+
+    def files(self, path: str) -> list[Found]:
+        place = Path(path)
+        if not place.exists():
+            raise DataError(f"{path}: no such file or folder")
+        files = (
+            [file for file in place.rglob("*") if file.suffix.lower() in self.suffixes] if place.is_dir() else [place]
+        )
+        if not files:
+            raise DataError(f"{path}: no {self.what} in it ({', '.join(self.suffixes)})")
+        return [{"name": str(file), "input": str(file), **self.truth(place, file)} for file in sorted(files)]
+
+    def truth(self, place: Path, file: Path) -> Found:
+        """The class that a folder is named after, if it is one."""
+        labels = set(self.model.config.id2label.values())
+        return {"truth": file.parent.name} if place.is_dir() and file.parent.name in labels else {}
+
+    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+        return self.scores(out.logits)

@@ -9,48 +9,23 @@ import torch
 from transformers import Wav2Vec2FeatureExtractor
 
 from resonance_nn.data.audio import detect_events, read_audio
-from resonance_nn.data.documents import DataError
 from resonance_nn.models.audio import ResonanceForAudioClassification, ResonanceForAudioFrameClassification
 from resonance_nn.plots import plot_events
-from resonance_nn.prediction.base import Found, Predictor
+from resonance_nn.prediction.base import FilePredictor, Found
 from resonance_nn.tasks.audio import SUFFIXES, normalised
 
 
-class SoundClasses(Predictor):
+class SoundClasses(FilePredictor):
     """Sounds of any length and rate."""
 
-    kind = "labels"
+    kind, what, suffixes = "labels", "sounds", SUFFIXES
     architecture = ResonanceForAudioClassification
-    takes_text = False
-
-    @classmethod
-    def load_processor(cls, folder: Path) -> Any:
-        if not (folder / "preprocessor_config.json").is_file():
-            raise ValueError(f"model {str(folder)!r}: has no preprocessor_config.json; save its processor beside it")
-        return Wav2Vec2FeatureExtractor.from_pretrained(str(folder), local_files_only=True)
-
-    def files(self, path: str) -> list[Found]:
-        place = Path(path)
-        if not place.exists():
-            raise DataError(f"{path}: no such file or folder")
-        files = sorted(place.rglob("*")) if place.is_dir() else [place]
-        files = [file for file in files if place.is_file() or file.suffix.lower() in SUFFIXES]
-        if not files:
-            raise DataError(f"{path}: no sounds in it ({', '.join(SUFFIXES)})")
-        return [{"name": str(file), "input": str(file), **self.truth(place, file)} for file in files]
-
-    def truth(self, place: Path, file: Path) -> Found:
-        """The class that a folder is named after, if it is one."""
-        labels = set(self.model.config.id2label.values())
-        return {"truth": file.parent.name} if place.is_dir() and file.parent.name in labels else {}
+    processor_class = Wav2Vec2FeatureExtractor
 
     def batch(self, inputs: list[Found]) -> dict[str, torch.Tensor]:
         sounds = [read_audio(one["input"], self.model.config.sampling_rate) for one in inputs]
         self.samples = [len(samples) for samples in sounds]
         return normalised(sounds)
-
-    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
-        return self.scores(out.logits)
 
 
 class SoundEvents(SoundClasses):

@@ -39,7 +39,7 @@ class Translation(TextTask):
 
     def describe(self, config: ResonanceConfig, facts: dict[str, Any]) -> None:
         config.is_encoder_decoder = True
-        config.decoder_start_token_id = config.bos_token_id  # type: ignore[attr-defined]
+        config.decoder_start_token_id = config.bos_token_id
 
     def encoded(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]) -> Examples:
         self.rows_held_out = rows  # the last call is for those
