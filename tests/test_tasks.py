@@ -208,6 +208,21 @@ def test_predict_refuses_other_models(tmp_path, capsys):
     assert "is a ResonanceForCausalLM; this takes ResonanceForSequenceClassification" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("task", ["text-classification", "fill-mask", "image-classification"])
+def test_accumulated_batches_are_one_batch(task, data, tmp_path):
+    """The loss of a step is a mean over what it asks, however it is cut, and of the size of the held-out one."""
+    losses = []
+    for pieces in (1, 4):
+        words = words_of(task, data, tmp_path / str(pieces), 1, "--accumulate", str(pieces))
+        words[words.index("--batch-size") + 1] = str(16 // pieces)
+        words = [word for word in words if word not in ("--augment", "crop,erase")]
+        assert main(words) == 0
+        summary = json.loads((tmp_path / str(pieces) / "train.json").read_text())["summary"]
+        losses.append(summary["loss"])
+        assert summary["loss"] == pytest.approx(summary["eval_loss"], rel=0.2)
+    assert losses[1] == pytest.approx(losses[0], rel=0.05 if task == "fill-mask" else 1e-4)
+
+
 def test_resume_refuses_other_data(data, tmp_path, capsys):
     table = tmp_path / "texts.tsv"
     table.write_text((data / "texts.tsv").read_text())

@@ -38,6 +38,7 @@ class ResonancePreTrainedModel(PreTrainedModel):
     config: ResonanceConfig
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
+    accepts_loss_kwargs = False  # the Trainer divides the losses of accumulated batches, unless a model does by targets
     _is_stateful = True
     _keep_in_fp32_modules_strict = {name for mixer in MIXERS.values() for name in mixer.float32_parameters}  # noqa: RUF012
     _no_split_modules = ["Block"]  # noqa: RUF012

@@ -33,6 +33,7 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
     Use it as any ``transformers`` model: ``generate``, ``from_pretrained``, ``pipeline``, ``Trainer``, PEFT.
     """
 
+    accepts_loss_kwargs = True
     _tied_weights_keys = {"lm_head.weight": "model.embed.weight"}  # noqa: RUF012
     lm_head: nn.Linear  # pyright: ignore[reportIncompatibleVariableOverride]
 

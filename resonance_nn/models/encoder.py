@@ -60,7 +60,6 @@ class ResonanceForMaskedLM(TextEncoder):
         reset: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         output_hidden_states: bool | None = None,
-        num_items_in_batch: Tensor | int | None = None,
         **_: Any,
     ) -> MaskedLMOutput:
         """Logits (B, L, V), or with ``labels`` (B, L; −100 where nothing is asked) the mean cross-entropy alone.
@@ -88,8 +87,7 @@ class ResonanceForMaskedLM(TextEncoder):
             total: Tensor = linear_cross_entropy(rows, self.lm_head.weight, targets, label_smoothing=smoothing)[0]
         else:
             total = logits_cross_entropy(self.lm_head(rows), targets, label_smoothing=smoothing)[0]
-        count = len(asked) if num_items_in_batch is None else num_items_in_batch
-        loss = total / max(1, int(count))
+        loss = total / max(1, len(asked))
         return MaskedLMOutput(loss=self._objective(loss, out), hidden_states=out.hidden_states)  # type: ignore[arg-type]
 
 

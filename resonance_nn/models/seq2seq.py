@@ -63,6 +63,7 @@ class ResonanceForConditionalGeneration(ResonancePreTrainedModel, GenerationMixi
     ``config`` is copied, as an encoder–decoder's (``is_encoder_decoder``).
     """
 
+    accepts_loss_kwargs = True
     _tied_weights_keys = {"lm_head.weight": "encoder.embed.weight"}  # noqa: RUF012
     _no_split_modules = ["Block", "DecoderBlock"]  # noqa: RUF012
     base_model_prefix = ""
