@@ -10,7 +10,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
-from resonance_nn.data import encode_bytes
+from resonance_nn.data import encode_text
 from resonance_nn.data.audio import read_audio
 
 MODALITIES = ("text", "image", "audio")
@@ -60,8 +60,7 @@ class ResonanceProcessor(ProcessorMixin):
         return BatchFeature(made)
 
     def _texts(self, texts: Sequence[str | None], max_length: int | None) -> dict[str, torch.Tensor]:
-        rows = [encode_bytes(self.tokenizer, (text or "").encode())[:max_length] for text in texts]
-        ids = [torch.tensor(row or [self.tokenizer.pad_token_id or 0]) for row in rows]
+        ids = [torch.tensor(encode_text(self.tokenizer, text or "", max_length)) for text in texts]
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
         return {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
 

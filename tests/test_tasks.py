@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer, pipeline
 
 from resonance_nn.cli import main
+from resonance_nn.data import encode_text
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.tables import read_lines, read_table
 from resonance_nn.tasks import TASKS
@@ -121,7 +122,10 @@ def test_the_models_work_in_pipelines(data, tmp_path):
         run = pipeline(task, model=str(tmp_path / task))
         for given, label in checks:
             assert run(given)[0]["label"] == label
-    assert AutoTokenizer.from_pretrained(tmp_path / "text-classification").pad_token_id is not None
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "text-classification")
+    assert tokenizer.pad_token_id is not None
+    for text in ("the film is so good", "", " und übrigens\n"):  # what pipelines feed is what it was trained on
+        assert encode_text(tokenizer, text) == tokenizer(text)["input_ids"]
 
 
 RESUMED = ["text-classification", "fill-mask", "image-classification", "audio-classification"]
@@ -318,8 +322,8 @@ def test_read_table(tmp_path):
     assert read_table(tmp_path / "a.csv", ("text", "label")) == [{"label": "1", "text": "two, with\ta comma"}]
     (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(b'a "quote\tx\n'))
     assert read_table(tmp_path / "a.tsv.gz", ("text", "label")) == [{"text": 'a "quote', "label": "x"}]
-    (tmp_path / "lines").write_bytes(b"a\r\nb\r\n")
-    assert read_lines(tmp_path / "lines") == ["a", "b"]
+    (tmp_path / "lines").write_bytes("a\u2028c\r\nb\r\n".encode())
+    assert read_lines(tmp_path / "lines") == ["a\u2028c", "b"]
     (tmp_path / "lines").write_bytes("a\x0b b\u2028c\nd\n\ne".encode())
     assert read_lines(tmp_path / "lines") == ["a\x0b b\u2028c", "d", "", "e"]
 

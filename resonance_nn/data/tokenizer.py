@@ -109,6 +109,11 @@ def encode_bytes(tokenizer: PreTrainedTokenizerBase, data: bytes) -> list[int]:
     return [i for ids in encode_pieces(tokenizer, cut_pieces([data])) for i in ids]
 
 
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str, limit: int | None = None) -> list[int]:
+    """At most ``limit`` ids of a text by itself, behind the token that begins a document: as ``tokenizer(text)``."""
+    return [document_token_id(tokenizer), *encode_bytes(tokenizer, text.encode())][:limit]
+
+
 def encode_pieces(tokenizer: PreTrainedTokenizerBase, pieces: Iterable[bytes]) -> Iterator[list[int]]:
     """The ids of each piece, in order; about a megabyte of pieces is read ahead and encoded on all cores."""
     codec = _byte_codec(tokenizer)

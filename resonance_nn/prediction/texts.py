@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from resonance_nn.data import encode_bytes
+from resonance_nn.data import encode_bytes, encode_text
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.tables import KINDS, read_lines, read_table
 from resonance_nn.evaluation import autocast
@@ -53,7 +53,7 @@ class TextPredictor(Predictor):
 
     def ids(self, text: str) -> list[int]:
         """At least one token."""
-        return encode_bytes(self.processor, text.encode()) or [self.processor.bos_token_id]
+        return encode_text(self.processor, text)
 
 
 class TextClasses(TextPredictor):
@@ -71,11 +71,11 @@ class WordClasses(TextPredictor):
     def batch(self, inputs: list[Found]) -> dict[str, torch.Tensor]:
         ids: list[list[int]] = []
         for one in inputs:
-            one["first"], row = [], []
+            one["first"], row = [], encode_text(self.processor, "")
             for i, word in enumerate(one["input"].split()):
                 one["first"].append(len(row))
                 row += encode_bytes(self.processor, f"{' ' if i else ''}{word}".encode())
-            ids.append(row or [self.processor.bos_token_id])
+            ids.append(row)
         mask = padded([[1] * len(row) for row in ids], 0)
         return {"input_ids": padded(ids, self.processor.pad_token_id or 0), "attention_mask": mask}
 
@@ -100,7 +100,7 @@ class HiddenWords(TextPredictor):
         parts = text.split(mask)
         if len(parts) < 2:
             raise DataError(f"text {text!r}: has no {mask}, behind which something could be hidden")
-        ids = [self.processor.bos_token_id]
+        ids = encode_text(self.processor, "")
         for i, part in enumerate(parts):
             ids += ([self.processor.mask_token_id] if i else []) + encode_bytes(self.processor, part.encode())
         return ids

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 from resonance_nn.config import ResonanceConfig
-from resonance_nn.data import encode_bytes, tokenizer_fingerprint, tokenizer_vocab_size, train_tokenizer
+from resonance_nn.data import encode_bytes, encode_text, tokenizer_fingerprint, tokenizer_vocab_size, train_tokenizer
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.tables import Row, read_table
 from resonance_nn.loading import load_config, load_tokenizer, resolve_model
@@ -133,7 +133,7 @@ class TextTask(Task):
 
     def ids(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
         """At most ``seq_len`` tokens of a text."""
-        return encode_bytes(tokenizer, text.encode())[: self.arguments.seq_len]
+        return encode_text(tokenizer, text, self.arguments.seq_len)
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Accuracy over what has a label."""
@@ -187,8 +187,7 @@ class TokenClassification(TextTask):
         classes = {name: i for i, name in enumerate(facts["labels"])}
         examples: list[dict[str, list[int]]] = []
         for row in rows:
-            ids: list[int] = []
-            labels: list[int] = []
+            ids, labels = encode_text(tokenizer, ""), [IGNORE]
             for i, (word, tag) in enumerate(zip(row["tokens"], row["tags"], strict=True)):
                 of_word = encode_bytes(tokenizer, f"{' ' if i else ''}{word}".encode())
                 ids += of_word

@@ -10,6 +10,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase, TrainerState
 
 from resonance_nn.config import ResonanceConfig
+from resonance_nn.data import decode_bytes, encode_text
 from resonance_nn.data.tables import Row
 from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
 from resonance_nn.tasks.base import Learning
@@ -46,7 +47,10 @@ class Translation(TextTask):
         end = tokenizer.eos_token_id
         return Examples(
             [
-                {"input_ids": self.ids(tokenizer, row["source"]), "labels": [*self.ids(tokenizer, row["target"]), end]}
+                {
+                    "input_ids": self.ids(tokenizer, row["source"]),
+                    "labels": [*self.ids(tokenizer, row["target"])[1:], end],  # what begins it is not asked
+                }
                 for row in rows
             ]
         )
@@ -71,10 +75,8 @@ def translate(
     progress: bool = False,
 ) -> list[str]:
     """Texts by beam search, in their order. ``max_new_tokens`` None: twice the source's, and 10."""
-    from resonance_nn.data import decode_bytes, encode_bytes
-
     batch_of = PaddedBatch(tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
-    ids = [encode_bytes(tokenizer, source.encode()) or [tokenizer.bos_token_id] for source in sources]
+    ids = [encode_text(tokenizer, source) for source in sources]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     made = [""] * len(ids)
     bar = tqdm(total=len(ids), desc="translating", unit="text", delay=2, leave=False, disable=not progress)
