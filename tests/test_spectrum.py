@@ -15,10 +15,9 @@ from resonance_nn.ops.spectrum import (
     max_bands,
     octave_bands,
     spectral_filter,
-    spectral_filter_2d,
-    spectral_filter_2d_reference,
     spectral_filter_reference,
 )
+from resonance_nn.ops.spectrum_2d import spectral_filter_2d, spectral_filter_2d_reference
 
 
 def parameters(*shape: int, J: int, H: int = 2, R: int = 1) -> list[Tensor]:

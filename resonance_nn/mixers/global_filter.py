@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from resonance_nn.mixers.base import Mixer, State
 from resonance_nn.ops.elementwise import silu_gate
-from resonance_nn.ops.spectrum import max_bands, spectral_filter, spectral_filter_2d
+from resonance_nn.ops.spectrum import max_bands, spectral_filter
+from resonance_nn.ops.spectrum_2d import spectral_filter_2d
 
 if TYPE_CHECKING:
     from resonance_nn.config import ResonanceConfig

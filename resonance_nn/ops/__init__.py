@@ -65,10 +65,9 @@ from resonance_nn.ops.spectral_theory import (
 from resonance_nn.ops.spectrum import (
     octave_bands,
     spectral_filter,
-    spectral_filter_2d,
-    spectral_filter_2d_reference,
     spectral_filter_reference,
 )
+from resonance_nn.ops.spectrum_2d import spectral_filter_2d, spectral_filter_2d_reference
 from resonance_nn.ops.window_attention import window_attention, window_attention_reference
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Two-sided spectral filters whose gate follows the input's own spectrum, on sequences and on images.
+"""Two-sided spectral filters whose gate follows the input's own spectrum, on sequences.
 
     y = F⁻¹( γ(v) ∘ G ∘ F(v) )         G learned, complex;  γ one positive number a head and octave band
 
@@ -11,10 +11,6 @@ Letters: B batch, L length, H heads, P channels a head, R filters a head (1 or P
 is a linear convolution, not a circular one: zeros around a row change nothing, whatever grid the FFT runs on. The
 transfer function Σ_τ h_τ e^{−iωτ} is continuous, and each length samples it elsewhere.
 
-**Images.** G is learned on a grid of (K_y, K_x) tokens. An image of (Y, X) tokens is the same picture, sampled
-elsewhere: its frequencies are those of the picture's extent, k_y and k_x half-turns from edge to edge, so G is cropped
-or continued by zeros, as in Fourier interpolation, and the edges do not meet either. At (K_y, K_x) it is as learned.
-
 **Gate.** With p the power |F(v)|² meant over a head's channels and w_j the bands of :func:`octave_bands`,
 
     E_j = Σ_ω w_j(ω) p(ω) / (grid · tokens),    γ_j = 2 σ( Σ_i A_ji log(E_i + ε) + a_j ),    γ_k = Σ_j w_j(ω_k) γ_j
@@ -25,6 +21,7 @@ integral, exactly: E_j does not know the grid either.
 
 Sources: FNet (Lee-Thorp et al. 2022), GFNet (Rao et al. 2021), AFNO (Guibas et al. 2022); the modes of an extent are
 those of FNO (Li et al. 2021). Deviations: filters are linear, not circular, and the gate reads energies in bands.
+Images: :mod:`resonance_nn.ops.spectrum_2d`.
 """
 
 from __future__ import annotations
@@ -78,7 +75,7 @@ def spectral_filter_reference(
     correlate = taps[:, lag.abs().clamp(max=len(d) - 1)] * (lag.abs() < len(d))  # (J, L, L)
     energy = torch.einsum("bthp,jts,bshp->bhj", u, correlate, u) / P / tokens.clamp(min=1)[:, None, None]
     omega = math.pi / K * k.to(wide)
-    gate = _gates(energy, weight, bias) @ octave_bands(omega, J)  # (B, H, K)
+    gate = band_gates(energy, weight, bias) @ octave_bands(omega, J)  # (B, H, K)
     twice = torch.where(k > 0, 2.0, 1.0).to(wide)  # k stands for −k too
     G = gate[:, :, None] * torch.view_as_complex(spectrum.to(wide)) * twice  # (B, H, R, K)
     h = torch.einsum("bhrk,tsk->bhrts", G, torch.exp(1j * omega * lag[..., None])).real / (2 * K)
@@ -106,7 +103,7 @@ def spectral_filter(
     """
     L, wide = v.shape[1], wide_dtype(v)
     K, J = spectrum.shape[2], bias.shape[1]
-    _check_bands(J, K, "bias")
+    check_bands(J, K, "bias")
     u, tokens = _real_tokens(v.to(wide), length)
     reach = min(L, K) - 1
     n = 2 * K
@@ -116,9 +113,9 @@ def spectral_filter(
     k = torch.arange(N // 2 + 1, device=v.device)
     twice = torch.where((k > 0) & (2 * k < N), 2.0, 1.0).to(wide)  # a bin stands for k and −k
     bands = octave_bands(2 * math.pi / N * k.to(wide), J) * (twice / N)  # (J, N/2 + 1)
-    energy = _power(V) @ bands.T / tokens.clamp(min=1)[:, None, None]  # (B, H, J)
+    energy = power(V) @ bands.T / tokens.clamp(min=1)[:, None, None]  # (B, H, J)
     omega = math.pi / K * torch.arange(K, device=v.device, dtype=wide)
-    gate = _gates(energy, weight, bias) @ octave_bands(omega, J)  # (B, H, K)
+    gate = band_gates(energy, weight, bias) @ octave_bands(omega, J)  # (B, H, K)
     G = F.pad(gate[:, :, None] * torch.view_as_complex(spectrum.to(wide)), (0, 1))  # (B, H, R, K + 1): none at ω = π
     if not learned_grid:
         h = torch.fft.irfft(G, n=n)
@@ -126,77 +123,6 @@ def spectral_filter(
         G = torch.fft.rfft(torch.cat((h[..., : reach + 1], zeros, h[..., n - reach :]), dim=-1), n=N)
     y = torch.fft.irfft(V * G, n=N)[..., :L]
     return y.permute(0, 3, 1, 2).to(v.dtype)
-
-
-@without_autocast
-def spectral_filter_2d_reference(
-    v: Tensor, spectrum: Tensor, weight: Tensor, bias: Tensor, *, num_bands: tuple[int, int]
-) -> Tensor:
-    """The definition: Fourier coefficients summed over tokens, h over frequencies, y over pairs of tokens, O(Y²X²).
-    Arguments as :func:`spectral_filter_2d`."""
-    (Y, X, H, P), wide = v.shape[1:], wide_dtype(v)
-    Ky, Kx = (spectrum.shape[2] + 1) // 2, spectrum.shape[3]
-    u = v.to(wide).flatten(1, 2)  # (B, Y·X, H, P)
-    rows, columns, kx = (torch.arange(size, device=v.device) for size in (Y, X, Kx))
-    y, x = (t.flatten() for t in torch.meshgrid(rows, columns, indexing="ij"))
-    ky, kx = torch.meshgrid(_signed(Ky, v.device), kx, indexing="ij")
-    seen = (ky.abs() < Y) & (kx < X)
-    turns = torch.exp(1j * math.pi * (y[:, None, None].to(wide) * ky / Y + x[:, None, None].to(wide) * kx / X))
-    V = torch.einsum("bshp,skl->bhpkl", u.to(turns.dtype), turns.conj())
-    twice = torch.where(kx > 0, 2.0, 1.0).to(wide) * seen
-    bands = octave_bands(math.pi / Ky * ky.to(wide), num_bands[0])[:, None]
-    bands = (bands * octave_bands(math.pi / Kx * kx.to(wide), num_bands[1])).flatten(0, 1)  # (J, 2K_y − 1, K_x)
-    energy = torch.einsum("bhkl,jkl->bhj", _power(V), bands * twice) / (2 * Y * X) ** 2
-    gate = torch.einsum("bhj,jkl->bhkl", _gates(energy, weight, bias), bands)
-    G = gate[:, :, None] * torch.view_as_complex(spectrum.to(wide)) * twice
-    pairs = turns[:, None] * turns.conj()  # (t, s, k_y, k_x)
-    h = torch.einsum("bhrkl,tskl->bhrts", G, pairs).real / (4 * Y * X)
-    out = torch.einsum("bhrts,bshr->bthr", h.expand(-1, -1, P, -1, -1), u)
-    return out.view(-1, Y, X, H, P).to(v.dtype)
-
-
-@without_autocast
-def spectral_filter_2d(
-    v: Tensor, spectrum: Tensor, weight: Tensor, bias: Tensor, *, num_bands: tuple[int, int]
-) -> Tensor:
-    """Gated two-sided filter of images; not circular: edges do not meet.
-
-    The Fourier transform at the few frequencies of the filter is two small matmuls, O(YX·K_x + Y·K_y·K_x) a channel
-    with nothing padded: linear in the tokens of ever finer grids, and on a CPU faster than FFTs of 2Y × 2X up to about
-    32 frequencies an axis.
-
-    Args:
-        v: inputs (B, Y, X, H, P) on any grid. Computed in float32 or wider.
-        spectrum: G as real pairs (H, R, 2K_y − 1, K_x, 2) for k_y = 0 … K_y − 1, −K_y + 1 … −1 and k_x = 0 … K_x − 1,
-            R = 1 or P filters a head. At k_x = 0 only the part with G_{−k_y} conjugate to G_{k_y} has an effect.
-        weight: A (H, J, J) of the gate.
-        bias: a (H, J) of the gate, J = J_y·J_x products of octave bands of the two axes.
-        num_bands: (J_y, J_x), 2^{J_y−1} ≤ K_y and 2^{J_x−1} ≤ K_x.
-
-    Returns:
-        y (B, Y, X, H, P) in v's dtype.
-    """
-    (Y, X), wide = v.shape[1:3], wide_dtype(v)
-    Ky, Kx = (spectrum.shape[2] + 1) // 2, spectrum.shape[3]
-    for J, K in zip(num_bands, (Ky, Kx), strict=True):
-        _check_bands(J, K, "num_bands")
-    my, mx = min(Ky, Y), min(Kx, X)  # frequencies that both the filter and the image have
-    G = torch.view_as_complex(spectrum.to(wide))[..., :mx]
-    G = torch.cat((G[..., :my, :], G[..., 2 * Ky - my :, :]), dim=-2)  # (H, R, 2m_y − 1, m_x)
-    ky, kx = _signed(my, v.device), torch.arange(mx, device=v.device)
-    turns_y, turns_x = _half_turns(ky, Y, wide), _half_turns(kx, X, wide)  # (2m_y − 1, Y), (m_x, X)
-    pairs_x = torch.cat((turns_x.real, turns_x.imag))  # (2m_x, X)
-    twice = torch.where(kx > 0, 2.0, 1.0).to(wide)  # a k_x stands for −k_x too
-    V = v.to(wide).permute(0, 3, 4, 1, 2) @ pairs_x.T
-    V = turns_y @ torch.complex(*V.chunk(2, dim=-1))  # (B, H, P, 2m_y − 1, m_x)
-    bands_y = octave_bands(math.pi / Ky * ky.to(wide), num_bands[0])  # (J_y, 2m_y − 1)
-    bands_x = octave_bands(math.pi / Kx * kx.to(wide), num_bands[1])  # (J_x, m_x)
-    energy = bands_y @ _power(V) @ (bands_x * twice).T / (2 * Y * X) ** 2  # (B, H, J_y, J_x)
-    gates = _gates(energy.flatten(2), weight, bias).view_as(energy)
-    gate = bands_y.T @ gates @ (bands_x * twice / (4 * Y * X))  # (B, H, 2m_y − 1, m_x)
-    V = turns_y.mH @ (V * (gate[:, :, None] * G))  # (B, H, P, Y, m_x)
-    y = torch.cat((V.real, V.imag), dim=-1) @ pairs_x
-    return y.permute(0, 3, 4, 1, 2).to(v.dtype)
 
 
 def _real_tokens(v: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -208,29 +134,17 @@ def _real_tokens(v: Tensor, length: Tensor | None) -> tuple[Tensor, Tensor]:
     return v.masked_fill(padding[..., None, None], 0), length
 
 
-def _power(V: Tensor) -> Tensor:
+def power(V: Tensor) -> Tensor:
     """|V|² meant over a head's channels: (B, H, P, ...) -> (B, H, ...)."""
     return (V.real.square() + V.imag.square()).mean(2)
 
 
-def _gates(energy: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def band_gates(energy: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """γ of E (B, H, J): in (0, 2), and 1 where weight and bias are 0."""
     logits = torch.einsum("hji,bhi->bhj", weight.to(energy.dtype), (energy + ENERGY_FLOOR).log())
     return 2 * torch.sigmoid(logits + bias.to(energy.dtype))
 
 
-def _signed(size: int, device: torch.device) -> Tensor:
-    """0 … size − 1, −size + 1 … −1, as an FFT orders them without its Nyquist frequency."""
-    k = torch.arange(size, device=device)
-    return torch.cat((k, -k[1:].flip(0)))
-
-
-def _half_turns(k: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """e^{−iπkt/size} for t < size: complex (len(k), size). Whole turns are taken off while they are integers."""
-    angle = -math.pi / size * torch.remainder(k[:, None] * torch.arange(size, device=k.device), 2 * size).to(dtype)
-    return torch.complex(angle.cos(), angle.sin())
-
-
-def _check_bands(J: int, K: int, name: str) -> None:
+def check_bands(J: int, K: int, name: str) -> None:
     if not 1 <= J <= max_bands(K):
         raise ValueError(f"{name}: {J} octave bands of {K} frequencies: must be 1 to {max_bands(K)}; use fewer bands")
