@@ -18,6 +18,7 @@ from resonance_nn.cli import main
 from resonance_nn.data import encode_text
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.tables import read_lines, read_table
+from resonance_nn.loading import load_config, load_tokenizer
 from resonance_nn.tasks import TASKS
 from resonance_nn.tasks.base import label_names, split_examples
 from resonance_nn.tasks.masked import mask_tokens
@@ -25,7 +26,7 @@ from resonance_nn.tasks.text import retrieval
 
 SMALL = ["--set", "hidden_size=32", "--set", "num_hidden_layers=2", "--set", "chunk_size=16"]
 SMALL += ["--precision", "fp32", "--lr", "1e-2"]
-COLOURS = {"red": 200, "blue": 60}
+COLOURS = ("red", "blue")
 
 
 @pytest.fixture(scope="module")
@@ -239,13 +240,34 @@ def test_resume_refuses_other_data(data, tmp_path, capsys):
     assert "the training data is not what the run began with" in capsys.readouterr().err
 
 
-def test_going_on_from_a_model_of_the_same_or_another_kind(data, tmp_path):
+def test_going_on_from_a_model_of_the_same_kind(data, tmp_path):
     assert main(words_of("text-classification", data, tmp_path / "first", 40)) == 0
     words = ["train", "--task", "text-classification", "--data", str(data / "texts.tsv"), "--precision", "fp32"]
     words += ["--steps", "1", "--batch-size", "16", "--lr", "1e-9", "--init", str(tmp_path / "first")]
     assert main([*words, "--output-dir", str(tmp_path / "second")]) == 0
     result = json.loads((tmp_path / "second" / "train.json").read_text())
     assert result["summary"]["eval_accuracy"] > 0.85
+
+
+def test_going_on_from_a_model_of_another_kind(data, tmp_path, monkeypatch):
+    """Its tokenizer and all weights but those of the heads come over; its configuration is read once."""
+    read: list[str] = []
+    monkeypatch.setattr("resonance_nn.tasks.base.load_config", lambda name: read.append(name) or load_config(name))
+    assert main(words_of("fill-mask", data, tmp_path / "first", 5)) == 0
+    words = ["train", "--task", "text-classification", "--data", str(data / "texts.tsv"), "--precision", "fp32"]
+    words += ["--steps", "1", "--batch-size", "16", "--lr", "1e-9", "--init", str(tmp_path / "first")]
+    assert main([*words, "--dropout", "0.1", "--output-dir", str(tmp_path / "second")]) == 0
+    assert read == [str(tmp_path / "first")]
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert set(second) - set(first) == {"classifier.weight", "classifier.bias"}
+    common = set(second) & set(first)
+    assert {name.split(".")[1] for name in common} == {"embed", "backbone"}
+    for name in common:
+        assert torch.allclose(first[name], second[name], atol=1e-6), name
+    assert load_config(str(tmp_path / "second")).dropout == 0.1
+    assert load_config(str(tmp_path / "second")).label2id == {"neg": 0, "pos": 1}
+    ids = [encode_text(load_tokenizer(tmp_path / name), "the film is so good") for name in ("first", "second")]
+    assert ids[0] == ids[1]
 
 
 @pytest.mark.parametrize(

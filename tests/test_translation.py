@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from transformers import AutoModelForSeq2SeqLM
 
+from resonance_nn.bridges import BRIDGES
 from resonance_nn.cli import main
 from resonance_nn.loading import load_tokenizer
 from resonance_nn.tasks.translation import scores, translate
@@ -29,7 +30,7 @@ def data(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("bridge", ["memory"])
+@pytest.mark.parametrize("bridge", BRIDGES)
 def test_it_learns_to_translate(bridge, data, tmp_path, capsys):
     words = ["train", "--task", "translation", "--data", str(data / "train.tsv"), "--eval-data", str(data / "test.tsv")]
     words += ["--output-dir", str(tmp_path / "m"), "--vocab-size", "300", "--steps", "90", "--batch-size", "32"]

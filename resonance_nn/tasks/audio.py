@@ -21,7 +21,6 @@ from resonance_nn.config import ResonanceConfig
 from resonance_nn.data.audio import augment, read_audio
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.tables import KINDS, read_table
-from resonance_nn.loading import load_config
 from resonance_nn.models.audio import (
     AudioEmbedding,
     ResonanceForAudioClassification,
@@ -108,11 +107,10 @@ class AudioClassification(Task):
     architecture: ClassVar[Any] = ResonanceForAudioClassification
 
     def initial(self) -> ResonanceConfig:
-        a = self.arguments
-        for name in a.augment or ():
+        for name in self.arguments.augment or ():
             if name not in CHANGES:
                 raise ValueError(f"augment = {name!r}: must be of {', '.join(CHANGES)}")
-        return a.changed(load_config(a.init)) if a.init else a.model_config(self.fields)
+        return super().initial()
 
     def find(self, path: str) -> list[Sound]:
         """Those of a file or folder. Raises DataError."""
@@ -157,8 +155,7 @@ class AudioClassification(Task):
 
     def learning(self, examples: tuple[list[Sound], list[Sound]], folder: Path) -> Learning:
         a, facts = self.arguments, json.loads((folder / "facts.json").read_text(encoding="utf-8"))
-        own = {"sampling_rate": facts["sampling_rate"]}
-        config = a.changed(load_config(a.init)) if a.init else a.model_config({**self.fields, **own})
+        config = self.model_config(sampling_rate=facts["sampling_rate"])
         name_labels(config, facts["labels"])
         with torch.device("meta"):
             self.front_end = AudioEmbedding(config)  # for the times of its frames

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
@@ -17,7 +18,7 @@ from transformers import DefaultDataCollator, EvalPrediction, PreTrainedModel, T
 from resonance_nn.arguments import TrainArguments
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data.documents import DataError
-from resonance_nn.loading import load_weights
+from resonance_nn.loading import load_config, load_weights
 from resonance_nn.models.base import ResonancePreTrainedModel
 
 Build = Callable[[ResonanceConfig], PreTrainedModel]
@@ -58,10 +59,12 @@ class Task(ABC):
         self.arguments = arguments
         self.build: Build = self.architecture if build is None else build
 
-    @abstractmethod
     def initial(self) -> ResonanceConfig:
         """Check what can be checked without data, and load what the run starts from; the configuration as far as it
         is known. Raises ValueError."""
+        a = self.arguments
+        self.start = a.changed(load_config(a.init)) if a.init else a.model_config(self.fields)
+        return self.start
 
     @abstractmethod
     def read(self) -> Any:
@@ -78,6 +81,13 @@ class Task(ABC):
     @abstractmethod
     def learning(self, examples: Any, folder: Path) -> Learning:
         """The model and its batches, from what :meth:`write` wrote."""
+
+    def model_config(self, **facts: Any) -> ResonanceConfig:
+        """That of the model to start from; else a new one's, with ``facts`` of the data where no argument says
+        otherwise."""
+        if self.arguments.init:
+            return copy.deepcopy(self.start)
+        return self.arguments.model_config({**self.fields, **facts})
 
     def new_model(self, config: ResonanceConfig) -> PreTrainedModel:
         """From the run's seed, or with the weights to start from. Raises ValueError where memory is too small."""

@@ -20,7 +20,6 @@ from resonance_nn.data.documents import DataError
 from resonance_nn.data.images import channels_of, read_idx
 from resonance_nn.data.tables import KINDS, read_table
 from resonance_nn.image_processor import ResonanceImageProcessor
-from resonance_nn.loading import load_config
 from resonance_nn.models.vision import ResonanceForImageClassification
 from resonance_nn.rundir import write_errors
 from resonance_nn.tasks.base import Learning, Task, label_names, name_labels, split_examples
@@ -101,9 +100,8 @@ class ImageClassification(Task):
     architecture = ResonanceForImageClassification
 
     def initial(self) -> ResonanceConfig:
-        a = self.arguments
-        self.augment = augmentation(a.augment)
-        return a.changed(load_config(a.init)) if a.init else a.model_config(self.fields)
+        self.augment = augmentation(self.arguments.augment)
+        return super().initial()
 
     def read(self) -> tuple[list[Picture], list[Picture]]:
         """The pictures to train on and those held out."""
@@ -154,8 +152,7 @@ class ImageClassification(Task):
     def learning(self, examples: tuple[list[Picture], list[Picture]], folder: Path) -> Learning:
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         processor = ResonanceImageProcessor(facts["num_channels"], facts["mean"], facts["std"])
-        a, own = self.arguments, {name: facts[name] for name in ("image_size", "num_channels")}
-        config = a.changed(load_config(a.init)) if a.init else a.model_config({**self.fields, **own})
+        config = self.model_config(image_size=facts["image_size"], num_channels=facts["num_channels"])
         name_labels(config, facts["labels"])
         size = config.image_size
         assert isinstance(size, tuple)

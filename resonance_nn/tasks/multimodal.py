@@ -21,7 +21,6 @@ from resonance_nn.data.documents import DataError
 from resonance_nn.data.images import channels_of
 from resonance_nn.data.tables import Row, read_table
 from resonance_nn.image_processor import ResonanceImageProcessor
-from resonance_nn.loading import load_config
 from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceForMultimodalClassification
 from resonance_nn.processor import MODALITIES, ResonanceProcessor
 from resonance_nn.rundir import write_errors
@@ -42,10 +41,6 @@ class MultimodalClassification(Task):
     columns: ClassVar[tuple[str, ...]] = ("label",)
     labels: ClassVar[tuple[str, ...]] = ("labels",)
     architecture: ClassVar[Any] = ResonanceForMultimodalClassification
-
-    def initial(self) -> ResonanceConfig:
-        a = self.arguments
-        return a.changed(load_config(a.init)) if a.init else a.model_config(self.fields)
 
     def read(self) -> tuple[list[Row], list[Row]]:
         """The rows to train on and those held out."""
@@ -124,10 +119,8 @@ class MultimodalClassification(Task):
     def learning(self, examples: tuple[list[Row], list[Row]], folder: Path) -> Learning:
         a, facts = self.arguments, json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         processor: Any = ResonanceProcessor.from_pretrained(folder / "processor", local_files_only=True)
-        own = {
-            name: facts[name] for name in ("modalities", "image_size", "num_channels", "sampling_rate") if name in facts
-        }
-        config = a.changed(load_config(a.init)) if a.init else a.model_config({**self.fields, **own})
+        own = ("modalities", "image_size", "num_channels", "sampling_rate")
+        config = self.model_config(**{name: facts[name] for name in own if name in facts})
         if not a.init:
             config.vocab_size = tokenizer_vocab_size(processor.tokenizer)
             config.pad_token_id = processor.tokenizer.pad_token_id

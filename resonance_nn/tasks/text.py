@@ -18,7 +18,7 @@ from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import encode_bytes, encode_text, tokenizer_fingerprint, tokenizer_vocab_size, train_tokenizer
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.tables import Row, read_table
-from resonance_nn.loading import load_config, load_tokenizer, resolve_model
+from resonance_nn.loading import load_tokenizer, resolve_model
 from resonance_nn.models.encoder import (
     ResonanceForSentenceEmbedding,
     ResonanceForSequenceClassification,
@@ -54,13 +54,12 @@ class TextTask(Task):
     fields = ENCODER
 
     def initial(self) -> ResonanceConfig:
-        a = self.arguments
+        a, config = self.arguments, super().initial()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if a.init:
             self.tokenizer = load_tokenizer(resolve_model(a.init))
-            return a.changed(load_config(a.init))
+            return config
         self.tokenizer = load_tokenizer(a.tokenizer) if a.tokenizer else None
-        config = a.model_config(self.fields)
         with torch.device("meta"):
             self.build(config)
         return config
@@ -105,7 +104,7 @@ class TextTask(Task):
         facts = json.loads((folder / "facts.json").read_text(encoding="utf-8"))
         self.collator = PaddedBatch(tokenizer.pad_token_id or 0)  # type: ignore[arg-type]
         train_set, eval_set = (self.encoded(rows, tokenizer, facts) for rows in examples)
-        config = self.initial()
+        config = self.model_config()
         if not self.arguments.init:
             config.vocab_size = tokenizer_vocab_size(tokenizer)
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # type: ignore[assignment]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,7 +44,6 @@ class Translation(TextTask):
         config.decoder_start_token_id = config.bos_token_id
 
     def encoded(self, rows: list[Row], tokenizer: PreTrainedTokenizerBase, facts: dict[str, Any]) -> Examples:
-        self.rows_held_out = rows  # the last call is for those
         end = tokenizer.eos_token_id
         return Examples(
             [
@@ -55,10 +55,14 @@ class Translation(TextTask):
             ]
         )
 
-    metrics = None  # type: ignore[assignment] (a loss while training; the rest at the end)
+    def learning(self, examples: tuple[list[Row], list[Row]], folder: Path) -> Learning:
+        self.held_out = examples[1]
+        learning = super().learning(examples, folder)
+        learning.metrics = None  # a loss while training; the rest at the end
+        return learning
 
     def summary(self, state: TrainerState, learning: Learning) -> dict[str, Any]:
-        sources, targets = ([row[name] for row in self.rows_held_out] for name in ("source", "target"))
+        sources, targets = ([row[name] for row in self.held_out] for name in ("source", "target"))
         model: Any = learning.model
         made = translate(model.eval(), learning.processor, sources, progress=self.arguments.progress)
         return {**super().summary(state, learning), **scores(made, targets)}
