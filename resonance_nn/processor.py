@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
 from resonance_nn.data import encode_text
-from resonance_nn.data.audio import read_audio
+from resonance_nn.data.audio import normalised, read_audio
 
 MODALITIES = ("text", "image", "audio")
 
@@ -65,14 +65,11 @@ class ResonanceProcessor(ProcessorMixin):
         return {"input_ids": pad_sequence(ids, batch_first=True), "attention_mask": mask}
 
     def _images(self, images: Sequence[Any], size: tuple[int, int] | None) -> torch.Tensor:
-        arrays = [None if image is None else self.image_processor.array(image, size) for image in images]
-        shape = next(array.shape for array in arrays if array is not None)
-        filled = [np.zeros(shape, np.uint8) if array is None else array for array in arrays]
-        return self.image_processor.normalise(torch.from_numpy(np.stack(filled)))
+        there = [i for i, image in enumerate(images) if image is not None]
+        some = self.image_processor([images[i] for i in there], size=size)["pixel_values"]
+        return some.new_zeros(len(images), *some.shape[1:]).index_copy(0, torch.tensor(there), some)
 
     def _sounds(self, sounds: Sequence[Any]) -> dict[str, torch.Tensor]:
-        rate = self.feature_extractor.sampling_rate
-        arrays = [np.zeros(1, np.float32) if sound is None else read_audio(sound, rate) for sound in sounds]
-        rows = [torch.from_numpy((x - x.mean()) / np.sqrt(x.var() + 1e-7)) for x in arrays]
-        mask = pad_sequence([torch.ones(len(row), dtype=torch.long) for row in rows], batch_first=True)
-        return {"input_values": pad_sequence(rows, batch_first=True), "audio_attention_mask": mask}
+        rate, silence = self.feature_extractor.sampling_rate, np.zeros(1, np.float32)
+        made = normalised([silence if sound is None else read_audio(sound, rate) for sound in sounds])
+        return {"input_values": made["input_values"], "audio_attention_mask": made["attention_mask"]}

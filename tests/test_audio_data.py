@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from transformers import Wav2Vec2FeatureExtractor
 
-from resonance_nn.data.audio import augment, detect_events, read_audio, resample
+from resonance_nn.data.audio import augment, detect_events, normalised, read_audio, resample
 
 
 def write_wave(path: Path, values: np.ndarray, rate: int = 8000, width: int = 2) -> Path:
@@ -208,3 +209,16 @@ def test_events():
     ):
         with pytest.raises(ValueError, match=message):
             detect_events(bad, times)
+
+
+def test_normalised_sounds_are_those_of_wav2vec2s_feature_extractor():
+    rng = np.random.default_rng(0)
+    sounds = [
+        (0.3 + rng.normal(0, scale, n)).astype(np.float32) for scale, n in ((1, 50), (1e-3, 7), (30, 120), (0, 1))
+    ]
+    extractor = Wav2Vec2FeatureExtractor(sampling_rate=8000, do_normalize=True, return_attention_mask=True)
+    theirs = extractor(sounds, sampling_rate=8000, padding=True, return_tensors="pt")
+    ours = normalised(sounds)
+    assert ours.keys() == theirs.keys()
+    assert torch.allclose(ours["input_values"], theirs["input_values"], atol=1e-5)
+    assert torch.equal(ours["attention_mask"], theirs["attention_mask"].long())

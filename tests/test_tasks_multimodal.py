@@ -123,6 +123,11 @@ def test_processor_says_what_is_there(data, tmp_path):
     assert made["present"].tolist() == [[True, False, False], [False, False, True]]
     assert "pixel_values" not in made
     assert made["attention_mask"].shape == made["input_ids"].shape
+    made = processor(images=[None, str(data / "5.png"), None], modalities=("image",))
+    alone = processor.image_processor(str(data / "5.png"))["pixel_values"]
+    assert torch.equal(made["pixel_values"], torch.cat([0 * alone, alone, 0 * alone]))
+    with pytest.raises(ValueError, match="images of 8 × 8, 9 × 9 pixels in one batch"):
+        processor(images=[str(data / "5.png"), np.zeros((9, 9, 3), np.uint8)], modalities=("image",))
     for arguments in ({}, {"text": ["a"], "images": [None, None]}):
         with pytest.raises(ValueError, match="give texts, images or audio, as many of each"):
             processor(**arguments)

@@ -1,4 +1,4 @@
-"""Sound files -> samples; samples -> others that sound alike, for training; probabilities of frames -> events."""
+"""Sound files -> samples -> batches; samples -> others that sound alike; probabilities of frames -> events."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from resonance_nn.data.documents import DataError
 
@@ -58,6 +61,14 @@ def read_audio(source: str | os.PathLike[str] | np.ndarray, sampling_rate: int, 
     if wrong:
         raise DataError(f"{name}: {wrong} of its {len(samples)} samples are NaN or infinite")
     return resample(samples.mean(1, dtype=np.float64), int(rate), sampling_rate)
+
+
+def normalised(sounds: Sequence[np.ndarray]) -> dict[str, Tensor]:
+    """Sounds of any lengths as a batch, as `Wav2Vec2FeatureExtractor(do_normalize=True)` makes it: ``input_values``
+    (B, longest), (x − mean) / √(variance + 1e-7) of each, right-padded with zeros, and ``attention_mask``."""
+    rows = [torch.from_numpy((x - x.mean()) / np.sqrt(x.var() + 1e-7)) for x in sounds]
+    mask = pad_sequence([torch.ones(len(x), dtype=torch.long) for x in rows], batch_first=True)
+    return {"input_values": pad_sequence(rows, batch_first=True), "attention_mask": mask}
 
 
 def resample(samples: np.ndarray, rate: int, new_rate: int) -> Samples:

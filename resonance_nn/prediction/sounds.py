@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from transformers import Wav2Vec2FeatureExtractor
 
-from resonance_nn.data.audio import detect_events, read_audio
+from resonance_nn.data.audio import detect_events, normalised, read_audio
 from resonance_nn.models.audio import ResonanceForAudioClassification, ResonanceForAudioFrameClassification
 from resonance_nn.plots import plot_events
 from resonance_nn.prediction.base import FilePredictor, Found
-from resonance_nn.tasks.audio import SUFFIXES, normalised
+from resonance_nn.tasks.audio import SUFFIXES
 
 
 class SoundClasses(FilePredictor):

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from transformers import EvalPrediction, Wav2Vec2FeatureExtractor
 
 from resonance_nn.config import ResonanceConfig
-from resonance_nn.data.audio import augment, read_audio
+from resonance_nn.data.audio import augment, normalised, read_audio
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.tables import KINDS, read_table
 from resonance_nn.models.audio import (
@@ -266,13 +266,6 @@ class SoundBatch:
         else:
             target = torch.tensor(labels)
         return {**normalised([example["samples"] for example in examples]), "labels": target}
-
-
-def normalised(sounds: Sequence[np.ndarray]) -> dict[str, Tensor]:
-    """(x − mean) / √(variance + 1e-7) of each, right-padded with zeros, and the mask."""
-    rows = [torch.from_numpy((x - x.mean()) / np.sqrt(x.var() + 1e-7)) for x in sounds]
-    mask = torch.nn.utils.rnn.pad_sequence([torch.ones(len(x), dtype=torch.long) for x in rows], batch_first=True)
-    return {"input_values": torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), "attention_mask": mask}
 
 
 def rate_of(path: str) -> int | None:
