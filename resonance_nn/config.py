@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import PreTrainedConfig
 
-from resonance_nn.config_checks import DERIVED, FORMAT_VERSION, STACKS, check_fields
+from resonance_nn.config_checks import DERIVED, FORMAT_VERSION, NAMES, as_names, check_fields
 
 SIZES: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 256, "num_hidden_layers": 6},
@@ -212,12 +212,8 @@ class ResonanceConfig(PreTrainedConfig):
             self.num_heads = alias
         elif alias not in (DERIVED, self.num_heads):
             raise ValueError(f"num_heads = {self.num_heads!r} and num_attention_heads = {alias!r}: one field; give one")
-        for name in STACKS:
-            names = getattr(self, name)
-            if not isinstance(names, str | tuple | list):
-                raise ValueError(f"{name} = {names!r}: must be names, such as ('spectral_gate',)")
-            setattr(self, name, (names,) if isinstance(names, str) else tuple(names))
-        self.modalities = (self.modalities,) if isinstance(self.modalities, str) else tuple(self.modalities)
+        for name in NAMES:
+            setattr(self, name, as_names(name, getattr(self, name)))
         if self.num_heads is DERIVED:
             self.num_heads = _default_heads(self.hidden_size)
         check_fields(self)

@@ -30,6 +30,15 @@ CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
 }
 STACKS = ("mixers", "encoder_mixers", "image_mixers", "audio_mixers")  # fields that name mixers
 MODALITIES = ("text", "image", "audio")
+NAMES = {**dict.fromkeys(STACKS, ("spectral_gate",)), "modalities": ("text", "image")}  # fields of names, such as these
+
+
+def as_names(field: str, value: Any) -> tuple[str, ...]:
+    """A field of ``NAMES``, given as one name or several, as a tuple. Raises ValueError."""
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, tuple | list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{field} = {value!r}: must be names, such as {NAMES[field]!r}")
+    return tuple(names)
 
 
 def check_fields(config: ResonanceConfig) -> None:

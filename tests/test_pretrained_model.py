@@ -74,6 +74,10 @@ def test_untied_head_and_resized_vocabulary():
         ({"filters": "all"}, "filters = 'all': must be 'head' or 'channel'"),
         ({"format_version": 99}, "upgrade"),
         ({"mixers": ()}, "one or more of"),
+        ({"mixers": 5}, r"mixers = 5: must be names, such as \('spectral_gate',\)"),
+        ({"modalities": 5}, r"modalities = 5: must be names, such as \('text', 'image'\)"),
+        ({"modalities": [["text"]]}, "must be names"),
+        ({"modalities": "smell"}, "must be one or more of text, image, audio"),
     ],
 )
 def test_config_errors(fields: dict, message: str):
