@@ -22,6 +22,7 @@ from resonance_nn.data.tokenizer import tokenizer_vocab_size
 from resonance_nn.models.causal_lm import ResonanceForCausalLM
 
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+PROCESSORS = ("preprocessor_config.json", "processor_config.json")  # of one kind of input, of several
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja"]
 
 logger = logging.getLogger(__name__)
@@ -64,7 +65,7 @@ def load_model(
     Raises:
         ValueError: one line for whatever is missing, foreign, damaged, or does not fit.
     """
-    folder = _checkpoint_folder(Path(resolve_model(name)))
+    folder = model_folder(name)
     config = _load_config(folder)
     model = _load_weights(folder, config, dtype)
     tokenizer = load_tokenizer(folder)
@@ -85,7 +86,7 @@ def load_model(
 def load_any(name: str, kinds: Mapping[str, type[Any]], *, device: str = "cpu") -> tuple[Any, Path]:
     """A finished model of one of ``kinds``, by the class that its config.json names, in evaluation mode, and its
     folder. Raises ValueError."""
-    folder = _checkpoint_folder(Path(resolve_model(name)))
+    folder = model_folder(name)
     config = _load_config(folder)
     own = (config.architectures or ["unknown"])[0]
     if own not in kinds:
@@ -97,13 +98,28 @@ def load_any(name: str, kinds: Mapping[str, type[Any]], *, device: str = "cpu") 
 
 def load_config(name: str) -> ResonanceConfig:
     """That of a model. Raises ValueError."""
-    return _load_config(_checkpoint_folder(Path(resolve_model(name))))
+    return _load_config(model_folder(name))
+
+
+def model_folder(name: str) -> Path:
+    """The folder of a model, or of the newest checkpoint of an unfinished run. Raises ValueError."""
+    return _checkpoint_folder(Path(resolve_model(name)))
+
+
+def load_processor(folder: Path, kind: type[Any]) -> Any:
+    """What makes a model's inputs of pictures, sounds or several modalities, as saved beside it. Raises ValueError."""
+    if not any((folder / file).is_file() for file in PROCESSORS):
+        raise ValueError(f"model {str(folder)!r}: has no {PROCESSORS[0]}; save its processor beside it")
+    try:
+        return kind.from_pretrained(str(folder), local_files_only=True)
+    except Exception as error:  # of transformers and of the tokenizers library, whatever is wrong with a file
+        raise ValueError(f"model {str(folder)!r}: its processor cannot be read ({_first_line(error)})") from error
 
 
 def load_weights(name: str, architecture: type[Any], config: ResonanceConfig) -> Any:
     """A model to go on training as ``architecture``, in float32: one of its own kind, or what the two have in common,
     such as the backbone of a language model under a new head. Raises ValueError where they have nothing."""
-    folder = _checkpoint_folder(Path(resolve_model(name)))
+    folder = model_folder(name)
     model, info = _read_weights(folder, architecture, config, torch.float32)
     if lacking := [key for key in sorted(info["missing_keys"]) if "backbone" in key or "embed" in key]:
         raise ValueError(f"model {name!r}: has no {lacking[0]}; go on from a model of the same inputs")

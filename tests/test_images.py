@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor, pipeline
 
 from resonance_nn import ResonanceConfig, ResonanceForImageClassification, ResonanceImageProcessor
 from resonance_nn.data.documents import DataError
-from resonance_nn.data.images import read_idx, read_image
+from resonance_nn.data.images import channels_of, read_idx, read_image
 from resonance_nn.tasks.images import augmentation, find_pictures
 
 
@@ -64,6 +64,20 @@ def test_sixteen_bits_keep_their_light():
     values = np.linspace(0, 65535, 24).reshape(4, 6).astype(np.uint16)
     pixels = read_image(Image.fromarray(values), 1)[..., 0]
     assert np.abs(pixels - values / 257.0).max() <= 0.51
+
+
+def test_the_channels_of_pictures(colours):
+    assert {path.name: channels_of(path) for path in colours.iterdir()} == {
+        "colour.png": 3, "grey.png": 1, "palette.gif": 3, "bits.png": 1, "cmyk.tif": 3, "alpha.png": 3
+    }  # fmt: skip
+    assert [channels_of(np.zeros(shape, np.uint8)) for shape in ((4, 6), (4, 6, 1), (4, 6, 3))] == [1, 1, 3]
+    (colours / "none.png").write_text("no picture")
+    with pytest.raises(DataError, match=r"none\.png: cannot be read as a picture"):
+        channels_of(colours / "none.png")
+    with pytest.raises(DataError, match=r"nowhere\.png: no such file"):
+        channels_of(colours / "nowhere.png")
+    with pytest.raises(ValueError, match="num_channels = 2: pictures are read as 1, grey"):
+        read_image(colours / "grey.png", 2)
 
 
 def test_arrays():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 import wave
 from typing import Any
 
@@ -270,6 +271,32 @@ def test_going_on_from_a_model_of_another_kind(data, tmp_path, monkeypatch):
     assert ids[0] == ids[1]
 
 
+def test_going_on_keeps_what_makes_the_inputs(data, tmp_path, capsys):
+    """The channels, mean and deviation of pictures, and the rate of sounds, are those of the model."""
+    for i in range(8):  # in colour and lighter, and at twice the rate
+        for name in ("dark", "light"):
+            (tmp_path / "pictures" / name).mkdir(parents=True, exist_ok=True)
+            pixels = np.full((9, 9, 3), 200, np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
+            (tmp_path / "sounds" / name).mkdir(parents=True, exist_ok=True)
+            write_wave(tmp_path / "sounds" / name / f"{i}.wav", np.sin(np.arange(3000) / 9), rate=8000)
+    for task in ("image-classification", "audio-classification"):
+        first, second, source = tmp_path / f"{task}-1", tmp_path / f"{task}-2", CASES[task][0]
+        assert main(words_of(task, data, first, 1)) == 0
+        words = ["train", "--task", task, "--data", str(tmp_path / source), "--steps", "1", "--precision", "fp32"]
+        assert main([*words, "--init", str(first), "--output-dir", str(second)]) == 0
+        made = [(folder / "preprocessor_config.json").read_text() for folder in (first, second)]
+        assert made[0] == made[1]
+        old, new = (load_config(str(folder)) for folder in (first, second))
+        for field in ("image_size", "num_channels", "sampling_rate"):
+            assert getattr(old, field) == getattr(new, field)
+    capsys.readouterr()
+    words = ["train", "--task", "image-classification", "--data", str(tmp_path / "pictures"), "--steps", "1"]
+    assert main([*words, "--init", "resonance-tiny", "--output-dir", str(tmp_path / "run")]) == 2
+    assert "has no preprocessor_config.json" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -285,11 +312,11 @@ def test_going_on_from_a_model_of_another_kind(data, tmp_path, monkeypatch):
         ("a.tsv", "good\tpos\nbad\tpos\n", "the training data have one label, 'pos'"),
         ("a.tsv", b"\xff\xfe\tpos\n", "is not UTF-8 text"),
         ("a.txt", "good\n", "a table is a .jsonl, .csv, .tsv file"),
-        (None, "", "no such file"),
+        (None, "", "nowhere.txt: no such file"),
     ],
 )
 def test_tables_that_are_none(name, content, message, tmp_path, capsys):
-    path = tmp_path / (name or "nowhere.tsv")
+    path = tmp_path / (name or "nowhere.txt")
     if name:
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
     words = ["train", "--task", "text-classification", "--data", str(path), "--output-dir", str(tmp_path / "run")]
@@ -310,6 +337,23 @@ def test_other_bad_data(data, tmp_path, capsys):
     assert f"must be one of {', '.join(TASKS)}" in capsys.readouterr().err
     assert main(words_of("image-classification", data, tmp_path / "run", 1, "--set", "image_size=9")) == 2
     assert "multiples of patch_size" in capsys.readouterr().err
+    assert (
+        main(["train", "--task", "audio-event-detection", "--data", "no.csv", "--output-dir", str(tmp_path / "run")])
+        == 2
+    )
+    assert "no.csv: no such file" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_every_picture_is_read_before_anything_is_trained(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("resonance_nn.tasks.images.SAMPLED", 1)
+    shutil.copytree(data / "pictures", tmp_path / "pictures")
+    broken = tmp_path / "pictures" / "red" / "39.png"
+    broken.write_bytes(broken.read_bytes()[:60])
+    assert main(words_of("image-classification", tmp_path, tmp_path / "run", 1)) == 2
+    error = capsys.readouterr().err.strip()
+    assert f"{broken}: cannot be read as a picture" in error
+    assert "\n" not in error
     assert not (tmp_path / "run").exists()
 
 

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from resonance_nn import ResonanceForMultimodalClassification
 from resonance_nn.cli import main
+from resonance_nn.loading import load_config
 from resonance_nn.processor import ResonanceProcessor
 
 SMALL = ["--set", "hidden_size=32", "--set", "num_hidden_layers=1", "--set", "chunk_size=16", "--set", "patch_size=2"]
@@ -78,6 +79,51 @@ def test_retrieval_learns(data, tmp_path):
     assert summary["eval_loss"] < 1.6  # the colour is known; which thing of the colour is not
 
 
+def test_going_on_keeps_what_makes_the_inputs(data, tmp_path):
+    """The tokenizer above all: ids of another would mean other words."""
+    assert main(words_of("multimodal-classification", data, tmp_path / "first", "--steps", "3")) == 0
+    rows = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    for row in rows:
+        row |= {"text": f"another {row['label']} word altogether", "audio": None}
+        row["image"] = row["image"] and str(data / row["image"])
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    words = ["train", "--data", str(tmp_path / "train.jsonl"), "--steps", "1", "--lr", "1e-9", "--precision", "fp32"]
+    words += ["--init", str(tmp_path / "first")]
+    for task in ("multimodal-classification", "multimodal-retrieval"):
+        assert main([*words, "--task", task, "--output-dir", str(tmp_path / task)]) == 0
+        for name in ("tokenizer.json", "processor_config.json"):
+            assert (tmp_path / task / name).read_bytes() == (tmp_path / "first" / name).read_bytes()
+        old, new = (load_config(str(tmp_path / name)) for name in ("first", task))
+        for field in ("modalities", "vocab_size", "image_size", "num_channels", "sampling_rate"):
+            assert getattr(old, field) == getattr(new, field)
+        weights = [load_file(tmp_path / name / "model.safetensors") for name in ("first", task)]
+        for name in set(weights[0]) & set(weights[1]):
+            assert torch.allclose(weights[0][name], weights[1][name], atol=1e-6), name
+
+
+def test_modalities_asked_for(data, tmp_path, capsys):
+    words = words_of("multimodal-classification", data, tmp_path / "m", "--steps", "1")
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    (data / "texts.jsonl").write_text("\n".join(json.dumps(row) for row in rows if row["text"]) + "\n")
+    for flag in ("--data", "--eval-data"):
+        words[words.index(flag) + 1] = str(data / "texts.jsonl")
+    assert main([*words, "--set", "modalities=text"]) == 0
+    assert load_config(str(tmp_path / "m")).modalities == ("text",)
+    capsys.readouterr()
+    for more, message in (
+        (["modalities=5"], "modalities = 5: must be names, such as"),
+        (["modalities=letters"], "must be one or more of text, image, audio"),
+        (["modalities=image"], ": has none of image"),
+        (["modalities=text", "--task", "multimodal-retrieval"], "one is to find another, so two or more are needed"),
+    ):
+        words[words.index("--output-dir") + 1] = str(tmp_path / "run")
+        assert main([*words, "--set", *more]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert "\n" not in error
+        assert not (tmp_path / "run").exists()
+
+
 def test_resume_is_bit_equal(data, tmp_path):
     more = ("--steps", "6", "--save-every", "3", "--keep", "9", "--set", "modality_dropout=0.5")
     assert main(words_of("multimodal-classification", data, tmp_path / "m", *more)) == 0
@@ -97,7 +143,7 @@ def test_resume_is_bit_equal(data, tmp_path):
         ({"text": "", "image": None, "label": "x"}, "has none of text, image, audio"),
         ({"text": 5, "label": "x"}, "its text is 5"),
         ({"text": "a"}, "has no 'label'"),
-        ({"image": "nowhere.png", "label": "x"}, "nowhere.png: No such file"),
+        ({"image": "nowhere.png", "label": "x"}, "nowhere.png: no such file"),
         ({"audio": "nowhere.wav", "label": "x"}, "nowhere.wav"),
     ],
 )

@@ -7,11 +7,12 @@ import os
 import struct
 import warnings
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from resonance_nn.data.documents import DataError
 
@@ -28,10 +29,27 @@ def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, num_ch
     Raises:
         DataError: the file is missing, damaged, or no picture; the array is none.
     """
+    if num_channels not in (1, 3):
+        raise ValueError(f"num_channels = {num_channels}: pictures are read as 1, grey, or 3, red, green and blue")
     if isinstance(source, Image.Image):
         return _pixels(source, num_channels, "image")
     if isinstance(source, np.ndarray):
         return _pixels(_from_array(source), num_channels, "image")
+    with _opened(source) as image:
+        return _pixels(image, num_channels, str(source))
+
+
+def channels_of(source: str | os.PathLike[str] | np.ndarray) -> int:
+    """1 for a grey picture without colours, else 3. Raises DataError as :func:`read_image`."""
+    if isinstance(source, np.ndarray):
+        return 1 if source.ndim == 2 or source.shape[2] == 1 else 3
+    with _opened(source) as image:
+        return 1 if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16") else 3
+
+
+@contextmanager
+def _opened(source: str | os.PathLike[str]) -> Iterator[Image.Image]:
+    """A picture file; whatever goes wrong with it within is a DataError that names it."""
     path = Path(source)
     if not path.is_file():
         raise DataError(f"{path}: no such file")
@@ -39,19 +57,15 @@ def read_image(source: str | os.PathLike[str] | Image.Image | np.ndarray, num_ch
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
             with Image.open(path) as image:
-                return _pixels(image, num_channels, str(path))
+                yield image
+    except DataError:
+        raise
     except (OSError, ValueError, SyntaxError, zlib.error, struct.error, Image.DecompressionBombError, Warning) as error:
-        if isinstance(error, DataError):
-            raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path}: cannot be read as a picture ({reason}); remove it or save it anew") from error
 
 
 def _pixels(image: Image.Image, num_channels: int, name: str) -> np.ndarray:
-    if num_channels not in (1, 3):
-        raise ValueError(f"num_channels = {num_channels}: pictures are read as 1, grey, or 3, red, green and blue")
-    from PIL import ImageOps
-
     if min(image.size) < 1 or image.width * image.height > LARGEST:
         raise DataError(f"{name}: has {image.width} × {image.height} pixels; must be 1 to {LARGEST:,}")
     image = ImageOps.exif_transpose(image)
@@ -108,9 +122,3 @@ def read_idx(path: str | os.PathLike[str]) -> np.ndarray:
             f"{path}: has {values.size:,} bytes, its head says {' × '.join(map(str, shape))}; fetch it anew"
         )
     return values.reshape(shape)
-
-
-def channels_of(source: Any) -> int:
-    """1 for a grey picture without colours, else 3."""
-    with Image.open(source) as image:
-        return 1 if image.mode in ("1", "L", "LA", "I", "F") or image.mode.startswith("I;16") else 3

@@ -45,6 +45,8 @@ def read_table(path: str | os.PathLike[str], fields: Sequence[str]) -> list[Row]
         DataError: not such a file, or a row without one of the fields; it names the line.
     """
     name = str(path)
+    if not Path(path).exists():
+        raise DataError(f"{name}: no such file")
     kind = Path(name.removesuffix(".gz")).suffix
     if kind not in KINDS:
         raise DataError(f"{name}: a table is a {', '.join(KINDS)} file (or one of them with .gz)")

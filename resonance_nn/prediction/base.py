@@ -12,6 +12,7 @@ from tqdm import tqdm
 
 from resonance_nn.data.documents import DataError
 from resonance_nn.evaluation import autocast
+from resonance_nn.loading import load_processor
 
 Found = dict[str, Any]  # what is said about one input: "input", "name", and more
 
@@ -91,9 +92,7 @@ class FilePredictor(Predictor):
 
     @classmethod
     def load_processor(cls, folder: Path) -> Any:
-        if not (folder / "preprocessor_config.json").is_file():
-            raise ValueError(f"model {str(folder)!r}: has no preprocessor_config.json; save its processor beside it")
-        return cls.processor_class.from_pretrained(str(folder), local_files_only=True)
+        return load_processor(folder, cls.processor_class)
 
     def files(self, path: str) -> list[Found]:
         place = Path(path)

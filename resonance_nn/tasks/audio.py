@@ -27,7 +27,7 @@ from resonance_nn.models.audio import (
     ResonanceForAudioFrameClassification,
 )
 from resonance_nn.rundir import write_errors
-from resonance_nn.tasks.base import Learning, Task, label_names, name_labels, split_examples
+from resonance_nn.tasks.base import Learning, Task, check_files, label_names, name_labels, split_examples
 from resonance_nn.tasks.images import accuracy
 from resonance_nn.tasks.text import ENCODER, IGNORE
 
@@ -67,7 +67,7 @@ def find_sounds(path: str) -> list[Sound]:
 def find_events(path: str) -> list[Sound]:
     """Of a table (.jsonl) with audio and events, each with start and end in seconds and label. Raises DataError."""
     place = Path(path).expanduser()
-    if not place.name.removesuffix(".gz").endswith(KINDS[:1]):
+    if place.exists() and not place.name.removesuffix(".gz").endswith(KINDS[:1]):
         raise DataError(f"{path}: must be a .jsonl file with audio and events, each with start, end and label")
     sounds: list[Sound] = []
     for number, row in enumerate(read_table(place, ("audio", "events")), 1):
@@ -125,16 +125,11 @@ class AudioClassification(Task):
         return split_examples(found)
 
     def write(self, examples: tuple[list[Sound], list[Sound]], folder: Path) -> dict[str, str]:
-        fields = self.arguments.config
-        rates = Counter(rate_of(sound.path) for sound in examples[0][:: max(1, len(examples[0]) // 200)])
-        rates.pop(None, None)
-        commonest = rates.most_common(1)[0][0] if rates else HIGHEST
-        facts = {
-            "labels": self.labels(examples),
-            "sampling_rate": fields.get("sampling_rate", min(HIGHEST, commonest or HIGHEST)),
-        }
-        for sound in (sound for part in examples for sound in part):
-            read_audio(sound.path, facts["sampling_rate"])  # whatever is wrong is said before anything is trained
+        a, (train, held_out) = self.arguments, examples
+        known = a.init or "sampling_rate" in a.config
+        rate = self.start.sampling_rate if known else common_rate([sound.path for sound in train])
+        facts = {"labels": self.labels(examples), "sampling_rate": rate}
+        check_files((s.path for s in (*train, *held_out)), lambda path: read_audio(path, rate), progress=a.progress)
         with write_errors(folder):
             (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         return self.fingerprints(examples, folder)
@@ -266,6 +261,12 @@ class SoundBatch:
         else:
             target = torch.tensor(labels)
         return {**normalised([example["samples"] for example in examples]), "labels": target}
+
+
+def common_rate(paths: Sequence[str]) -> int:
+    """The sampling rate that most of some WAV files have, at most 16,000."""
+    rates = [rate for path in paths[:: max(1, len(paths) // 200)] if (rate := rate_of(path))]
+    return min(HIGHEST, Counter(rates).most_common(1)[0][0] if rates else HIGHEST)
 
 
 def rate_of(path: str) -> int | None:

@@ -6,13 +6,14 @@ import copy
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 from transformers import DefaultDataCollator, EvalPrediction, PreTrainedModel, TrainerState, set_seed
 
 from resonance_nn.arguments import TrainArguments
@@ -118,6 +119,13 @@ def last_metrics(state: TrainerState) -> dict[str, float]:
     measured = next((entry for entry in reversed(state.log_history) if "eval_loss" in entry), {})
     timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second")
     return {name: value for name, value in measured.items() if name.startswith("eval_") and name not in timing}
+
+
+def check_files(paths: Iterable[str], read: Callable[[str], Any], *, progress: bool) -> None:
+    """Read every file once: whatever is wrong with one is said before anything is trained. Raises DataError."""
+    once = list(dict.fromkeys(paths))
+    for path in tqdm(once, desc="checking", unit="file", delay=2, leave=False, disable=not progress):
+        read(path)
 
 
 def fingerprint(values: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +21,10 @@ from resonance_nn.data.documents import DataError
 from resonance_nn.data.images import channels_of, read_idx
 from resonance_nn.data.tables import KINDS, read_table
 from resonance_nn.image_processor import ResonanceImageProcessor
+from resonance_nn.loading import load_processor, model_folder
 from resonance_nn.models.vision import ResonanceForImageClassification
 from resonance_nn.rundir import write_errors
-from resonance_nn.tasks.base import Learning, Task, label_names, name_labels, split_examples
+from resonance_nn.tasks.base import Learning, Task, check_files, label_names, name_labels, split_examples
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 SAMPLED = 2000  # pictures that mean and deviation are taken of
@@ -70,6 +72,31 @@ def find_pictures(path: str) -> list[Picture]:
     return [Picture(image, str(label)) for image, label in zip(images, labels.tolist(), strict=True)]
 
 
+def fitted_processor(
+    sources: Sequence[str | np.ndarray], config: ResonanceConfig, num_channels: int | None = None
+) -> tuple[ResonanceImageProcessor, tuple[int, int]]:
+    """What makes pictures, by up to SAMPLED of these: of so many channels, None: 1 if all are grey, else 3, with their
+    mean and deviation. And the size to bring them to: the configuration's, or the commonest, in whole patches."""
+    sample = sources[:: max(1, len(sources) // SAMPLED)]
+    channels = max(map(channels_of, sample)) if num_channels is None else num_channels
+    reader, shapes = ResonanceImageProcessor(channels), Counter[tuple[int, ...]]()
+    pixels, sums = 0, np.zeros((2, channels))  # of x and x²
+    for source in sample:
+        array = reader.array(source)
+        shapes[array.shape[:2]] += 1
+        x = array.reshape(-1, channels) / 255
+        pixels += len(x)
+        sums += np.stack((x.sum(0), (x * x).sum(0)))
+    mean, square = sums / pixels
+    std = np.sqrt(np.maximum(square - mean * mean, 1e-4))
+    size = config.image_size
+    if size is None:
+        rows, columns = (max(1, n // config.patch_size) * config.patch_size for n in shapes.most_common(1)[0][0])
+        size = (rows, columns)
+    assert isinstance(size, tuple)
+    return ResonanceImageProcessor(channels, mean.round(4).tolist(), std.round(4).tolist()), size
+
+
 class Pictures(Dataset[Any]):
     """Bytes (rows, columns, channels) of one size, and classes."""
 
@@ -101,6 +128,8 @@ class ImageClassification(Task):
 
     def initial(self) -> ResonanceConfig:
         self.augment = augmentation(self.arguments.augment)
+        init = self.arguments.init
+        self.processor = load_processor(model_folder(init), ResonanceImageProcessor) if init else None
         return super().initial()
 
     def read(self) -> tuple[list[Picture], list[Picture]]:
@@ -112,26 +141,19 @@ class ImageClassification(Task):
         return split_examples(found)
 
     def write(self, examples: tuple[list[Picture], list[Picture]], folder: Path) -> dict[str, str]:
+        a, (train, held_out) = self.arguments, examples
         labels = label_names(*([picture.label for picture in part] for part in examples))
-        fields = self.arguments.config
-        size, channels = fields.get("image_size"), fields.get("num_channels")
-        sample = examples[0][:: max(1, len(examples[0]) // SAMPLED)]
-        if channels is None:
-            channels = max(channels_of(p.source) if isinstance(p.source, str) else 1 for p in sample)
-        processor = ResonanceImageProcessor(channels)
-        arrays = [processor.array(picture.source) for picture in sample]
-        if size is None:
-            shapes = [array.shape[:2] for array in arrays]
-            patch = int(fields.get("patch_size", ResonanceConfig.patch_size))
-            rows, columns = max(set(shapes), key=shapes.count)
-            size = (max(1, rows // patch) * patch, max(1, columns // patch) * patch)
-        pixels = np.concatenate([array.reshape(-1, channels) for array in arrays]) / 255
+        processor, size = self.processor, self.start.image_size
+        if processor is None:
+            processor, size = fitted_processor([p.source for p in train], self.start, a.config.get("num_channels"))
+        files = (p.source for p in (*train, *held_out) if isinstance(p.source, str))
+        check_files(files, processor.array, progress=a.progress)
         facts = {
             "labels": labels,
             "image_size": size,
-            "num_channels": channels,
-            "mean": pixels.mean(0).round(4).tolist(),
-            "std": np.maximum(pixels.std(0), 1e-2).round(4).tolist(),
+            "num_channels": processor.num_channels,
+            "mean": processor.image_mean,
+            "std": processor.image_std,
         }
         with write_errors(folder):
             (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")

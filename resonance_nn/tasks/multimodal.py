@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,16 +19,32 @@ from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import tokenizer_vocab_size, train_tokenizer
 from resonance_nn.data.audio import read_audio
 from resonance_nn.data.documents import DataError
-from resonance_nn.data.images import channels_of
 from resonance_nn.data.tables import Row, read_table
 from resonance_nn.image_processor import ResonanceImageProcessor
+from resonance_nn.loading import load_processor, load_tokenizer, model_folder
 from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceForMultimodalClassification
 from resonance_nn.processor import MODALITIES, ResonanceProcessor
 from resonance_nn.rundir import write_errors
-from resonance_nn.tasks.audio import HIGHEST, rate_of
-from resonance_nn.tasks.base import Learning, Task, label_names, name_labels, split_examples
-from resonance_nn.tasks.images import SAMPLED, accuracy
+from resonance_nn.tasks.audio import common_rate
+from resonance_nn.tasks.base import Learning, Task, check_files, label_names, name_labels, split_examples
+from resonance_nn.tasks.images import accuracy, fitted_processor
 from resonance_nn.tasks.text import Examples, retrieval
+
+
+def read_rows(path: str, columns: Sequence[str] = ()) -> list[Row]:
+    """Those of a table with ``columns`` and any of text, image and audio, paths as from here, None where one is
+    missing; each with a "name". Raises DataError."""
+    rows, place = read_table(path, columns), Path(path).parent
+    for number, row in enumerate(rows, 1):
+        row["name"] = f"{path}: row {number}"
+        for name in MODALITIES:
+            value = row.get(name) or None
+            if value is not None and not isinstance(value, str):
+                raise DataError(f"{row['name']}: its {name} is {value!r}, not a text or a path")
+            row[name] = str(place / value) if value and name != "text" else value
+        if not any(row[name] for name in MODALITIES):
+            raise DataError(f"{row['name']}: has none of {', '.join(MODALITIES)}")
+    return rows
 
 
 class MultimodalClassification(Task):
@@ -42,67 +59,72 @@ class MultimodalClassification(Task):
     labels: ClassVar[tuple[str, ...]] = ("labels",)
     architecture: ClassVar[Any] = ResonanceForMultimodalClassification
 
+    def initial(self) -> ResonanceConfig:
+        a, config = self.arguments, super().initial()
+        self.processor = load_processor(model_folder(a.init), ResonanceProcessor) if a.init else None
+        self.tokenizer = load_tokenizer(a.tokenizer) if a.tokenizer else None
+        return config
+
     def read(self) -> tuple[list[Row], list[Row]]:
         """The rows to train on and those held out."""
         a = self.arguments
-        found = [row for path in a.data for row in self.rows(path)]
+        found = [row for path in a.data for row in read_rows(path, self.columns)]
         if a.eval_data:
-            return found, [row for path in a.eval_data for row in self.rows(path)]
+            return found, [row for path in a.eval_data for row in read_rows(path, self.columns)]
         return split_examples(found)
 
-    def rows(self, path: str) -> list[Row]:
-        """Those of a table. Raises DataError."""
-        rows, place = read_table(path, self.columns), Path(path).parent
-        for number, row in enumerate(rows, 1):
-            for name in MODALITIES:
-                value = row.get(name) or None
-                if value is not None and not isinstance(value, str):
-                    raise DataError(f"{path}: row {number}: its {name} is {value!r}, not a text or a path")
-                row[name] = str(place / value) if value and name != "text" else value
-            if not any(row[name] for name in MODALITIES):
-                raise DataError(f"{path}: row {number}: has none of {', '.join(MODALITIES)}")
-        return rows
-
     def write(self, examples: tuple[list[Row], list[Row]], folder: Path) -> dict[str, str]:
-        a, rows = self.arguments, examples[0]
-        found = [name for name in MODALITIES if any(row[name] for row in rows)]
-        facts: dict[str, Any] = {"modalities": list(a.config.get("modalities", found)), **self.facts(examples)}
-        texts = [row["text"].encode() for row in rows if row["text"]]
-        tokenizer = train_tokenizer(texts, a.vocab_size or (8192 if texts else SMALLEST_VOCABULARY), progress=False)
-        images, sounds = ([row[name] for row in rows if row[name]] for name in ("image", "audio"))
-        image_processor = ResonanceImageProcessor()
-        if images and "image" in facts["modalities"]:
-            image_processor, size = self._image_processor(images[:: max(1, len(images) // SAMPLED)])
-            facts |= {"image_size": size, "num_channels": image_processor.num_channels}
-        rates = [rate for rate in map(rate_of, sounds[:200]) if rate]
-        facts["sampling_rate"] = a.config.get(
-            "sampling_rate", min(HIGHEST, max(set(rates), key=rates.count, default=HIGHEST))
-        )
-        for row in (row for part in examples for row in part):  # whatever is wrong is said before anything is trained
-            if row["image"]:
-                image_processor.array(row["image"])
-            if row["audio"]:
-                read_audio(row["audio"], facts["sampling_rate"])
-        extractor = Wav2Vec2FeatureExtractor(sampling_rate=facts["sampling_rate"], return_attention_mask=True)
+        a, (train, held_out) = self.arguments, examples
+        kinds = self.modalities(train)
+        facts: dict[str, Any] = {"modalities": kinds, **self.facts(examples, kinds)}
+        processor: Any = self.processor
+        if processor is None:
+            processor, fields = self.fitted(train, kinds)
+            facts |= fields
+        readers = {
+            "image": processor.image_processor.array,
+            "audio": lambda path: read_audio(path, processor.feature_extractor.sampling_rate),
+        }
+        for name in set(readers) & set(kinds):
+            paths = (row[name] for row in (*train, *held_out) if row[name])
+            check_files(paths, readers[name], progress=a.progress)
         with write_errors(folder):
-            ResonanceProcessor(tokenizer, image_processor, extractor).save_pretrained(folder / "processor")
+            processor.save_pretrained(folder / "processor")
             (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         return self.fingerprints(examples, folder)
 
-    def _image_processor(self, sample: list[str]) -> tuple[ResonanceImageProcessor, tuple[int, int]]:
-        """What makes pictures, by some of them, and their size: the commonest, in whole patches."""
-        fields = self.arguments.config
-        channels = fields.get("num_channels", max(map(channels_of, sample)))
-        arrays = [ResonanceImageProcessor(channels).array(path) for path in sample]
-        shapes, patch = [array.shape[:2] for array in arrays], fields.get("patch_size", ResonanceConfig.patch_size)
-        rows, columns = max(set(shapes), key=shapes.count)
-        size = fields.get("image_size", (max(1, rows // patch) * patch, max(1, columns // patch) * patch))
-        pixels = np.concatenate([array.reshape(-1, channels) for array in arrays]) / 255
-        mean, std = pixels.mean(0).round(4).tolist(), np.maximum(pixels.std(0), 1e-2).round(4).tolist()
-        return ResonanceImageProcessor(channels, mean, std), size
+    def modalities(self, rows: list[Row]) -> tuple[str, ...]:
+        """Of the model: its own, those asked for, or those that the rows have. Raises DataError."""
+        a, found = self.arguments, tuple(name for name in MODALITIES if any(row[name] for row in rows))
+        if a.init:
+            return self.start.modalities
+        kinds = self.start.modalities if "modalities" in a.config else found
+        if lacking := [name for name in kinds if name not in found]:
+            raise DataError(f"modalities = {kinds}: no training row has {lacking[0]}; leave it out")
+        return kinds
 
-    def facts(self, examples: tuple[list[Row], list[Row]]) -> dict[str, Any]:
-        """What the data say about the model. Raises DataError."""
+    def fitted(self, rows: list[Row], kinds: Sequence[str]) -> tuple[ResonanceProcessor, dict[str, Any]]:
+        """What makes inputs of the training rows, and the fields of the configuration that go with it."""
+        a = self.arguments
+        texts, images, sounds = ([row[m] for row in rows if row[m] and m in kinds] for m in MODALITIES)
+        tokenizer = self.tokenizer
+        if tokenizer is None:
+            vocab_size = a.vocab_size or (8192 if texts else SMALLEST_VOCABULARY)
+            tokenizer = train_tokenizer((text.encode() for text in texts), vocab_size, progress=a.progress)
+        rate = self.start.sampling_rate if "sampling_rate" in a.config else common_rate(sounds)
+        fields: dict[str, Any] = {"sampling_rate": rate}
+        image_processor = ResonanceImageProcessor()
+        if images:
+            image_processor, size = fitted_processor(images, self.start, a.config.get("num_channels"))
+            fields |= {"image_size": size, "num_channels": image_processor.num_channels}
+        extractor = Wav2Vec2FeatureExtractor(sampling_rate=rate, return_attention_mask=True)
+        return ResonanceProcessor(tokenizer, image_processor, extractor), fields
+
+    def facts(self, examples: tuple[list[Row], list[Row]], kinds: Sequence[str]) -> dict[str, Any]:
+        """What the data say about the model beside its modalities. Raises DataError."""
+        for row in (row for rows in examples for row in rows):
+            if not any(row[name] for name in kinds):
+                raise DataError(f"{row['name']}: has none of {', '.join(kinds)}")
         return {"labels": label_names(*([str(row["label"]) for row in rows] for rows in examples))}
 
     def fingerprints(self, examples: tuple[list[Row], list[Row]], folder: Path) -> dict[str, str]:
@@ -156,7 +178,13 @@ class MultimodalRetrieval(MultimodalClassification):
     labels = ("present",)
     architecture = ResonanceForContrastive
 
-    def facts(self, examples: tuple[list[Row], list[Row]]) -> dict[str, Any]:
+    def modalities(self, rows: list[Row]) -> tuple[str, ...]:
+        kinds = super().modalities(rows)
+        if len(kinds) < 2:
+            raise DataError(f"modalities = {kinds}: one is to find another, so two or more are needed")
+        return kinds
+
+    def facts(self, examples: tuple[list[Row], list[Row]], kinds: Sequence[str]) -> dict[str, Any]:
         return {}
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:

@@ -18,7 +18,7 @@ from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import encode_bytes, encode_text, tokenizer_fingerprint, tokenizer_vocab_size, train_tokenizer
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.tables import Row, read_table
-from resonance_nn.loading import load_tokenizer, resolve_model
+from resonance_nn.loading import load_tokenizer, model_folder
 from resonance_nn.models.encoder import (
     ResonanceForSentenceEmbedding,
     ResonanceForSequenceClassification,
@@ -57,7 +57,7 @@ class TextTask(Task):
         a, config = self.arguments, super().initial()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if a.init:
-            self.tokenizer = load_tokenizer(resolve_model(a.init))
+            self.tokenizer = load_tokenizer(model_folder(a.init))
             return config
         self.tokenizer = load_tokenizer(a.tokenizer) if a.tokenizer else None
         with torch.device("meta"):
