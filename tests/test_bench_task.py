@@ -16,8 +16,10 @@ from resonance_nn import (
     ResonanceForImageClassification,
     ResonanceForSequenceClassification,
 )
+from resonance_nn.arguments import TrainArguments
 from resonance_nn.bench.peers import TOLERANCE
 from resonance_nn.bench.task_peers import TASK_PEERS, build_task_peer, trained
+from resonance_nn.bench.tasks_quality import Case, TaskOptions, best_rate
 from resonance_nn.cli import main
 
 LABELS = {i: str(i) for i in range(10)}
@@ -66,6 +68,28 @@ def test_a_padded_text_of_berts_equals_the_text_alone():
     mask[1, 5:] = 0
     with torch.no_grad():
         assert torch.allclose(peer(ids, mask).logits[1:], peer(ids[1:, :5]).logits, atol=1e-5)
+
+
+@pytest.mark.parametrize("longest", [3000, 6000, 8000, 20_000])
+def test_a_sound_of_asts_does_not_depend_on_the_others(longest):
+    config = ResonanceConfig(**ENCODER, sampling_rate=8000, id2label=LABELS)
+    peer = build_task_peer("ast", config, trained(ResonanceForAudioClassification(config))).eval()
+    samples, mask = torch.zeros(2, longest), torch.zeros(2, longest, dtype=torch.long)
+    samples[0, :2500], mask[0, :2500] = torch.randn(2500), 1
+    samples[1], mask[1] = 0.01 * torch.randn(longest), 1
+    with torch.no_grad():
+        together, alone = peer(samples, mask).logits[:1], peer(samples[:1, :2500], mask[:1, :2500]).logits
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+@pytest.mark.parametrize(("task", "best"), [("image-classification", 1e-2), ("fill-mask", 3e-3)])
+def test_the_best_rate_is_by_the_tasks_own_figure(task, best):
+    lrs = (1e-3, 3e-3, 1e-2, 3e-2)
+    options = TaskOptions(TrainArguments(data=["x"], output_dir="x", task=task), lrs=lrs)
+    figures = {"image-classification": ("eval_accuracy", (-0.5, 0.0, 0.1)), "fill-mask": ("eval_loss", (2.0, 0.0, 0.1))}
+    name, values = figures[task]
+    outcomes = {Case("resonance", lr, 0): {name: value} for lr, value in zip(lrs, (*values, None), strict=True)}
+    assert best_rate(options, outcomes, "resonance") == best
 
 
 @pytest.fixture(scope="module")

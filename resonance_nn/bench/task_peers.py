@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from resonance_nn.bench.peers import STEP, TOLERANCE, count
+from resonance_nn.bench.peers import STEP, TOLERANCE
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.models.audio import AudioEmbedding
 from resonance_nn.models.pooling import classification_loss, label_head, pool
@@ -102,10 +102,11 @@ class ASTClassifier(PreTrainedModel):
         front_end = AudioEmbedding(ours)
         if front_end.front_end != "log_mel":
             raise ValueError("front_end = 'waveform': AST reads log_mel; its peer of samples is wav2vec2")
-        frames = front_end.frame_count(round(SECONDS * ours.sampling_rate))
+        samples = round(SECONDS * ours.sampling_rate)
+        frames = front_end.frame_count(samples)
         config = ASTConfig(**_shape(ours, size), max_length=frames, num_mel_bins=ours.num_mel_bins)
         super().__init__(config)
-        self.ours, self.frames = ours, frames
+        self.ours, self.samples = ours, samples
         self.front_end = front_end.requires_grad_(False)  # for its spectra; its map and offset have no part
         self.encoder = ASTModel(config)
         self.classifier = label_head(ours)
@@ -114,9 +115,10 @@ class ASTClassifier(PreTrainedModel):
     def forward(
         self, input_values: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:
-        length = None if attention_mask is None else attention_mask.sum(1)
-        spectra = self.front_end._features(input_values, length)[:, : self.frames]
-        spectra = nn.functional.pad(spectra, (0, 0, 0, self.frames - spectra.shape[1]), value=float(spectra.min()))
+        if attention_mask is not None:
+            input_values = input_values.masked_fill(attention_mask == 0, 0)
+        samples = nn.functional.pad(input_values, (0, self.samples - input_values.shape[1]))  # or cut, if that is < 0
+        spectra = self.front_end._features(samples, None)
         logits = self.classifier(self.encoder(input_values=spectra).last_hidden_state.mean(1))
         loss = None if labels is None else classification_loss(logits, labels, self.ours, self.training)
         return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
@@ -175,4 +177,4 @@ def build_task_peer(name: str, ours: ResonanceConfig, parameters: int) -> PreTra
 
 def trained(model: nn.Module) -> int:
     """Parameters that are trained."""
-    return count(model) - sum(p.numel() for p in model.parameters() if not p.requires_grad)
+    return sum(p.numel() for p in model.parameters() if p.requires_grad)

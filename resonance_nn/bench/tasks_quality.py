@@ -6,8 +6,9 @@ output_dir/MODEL/lr-RATE-seed-N/   a run of ``resonance train --task``; can be r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -37,7 +38,6 @@ class TaskOptions:
     lrs: tuple[float, ...] = (1e-3, 3e-3)
     seeds: int = 3
     output_dir: Path = Path("runs/bench-task")
-    metrics: tuple[str, ...] = field(default=())  # of the task; () is its own and the loss
 
     def check(self) -> None:
         """Raise ValueError naming the option, its value and what is allowed."""
@@ -131,10 +131,17 @@ def _cases(options: TaskOptions, outcomes: dict[Case, dict[str, Any]]) -> Iterat
 
 
 def best_rate(options: TaskOptions, outcomes: dict[Case, dict[str, Any]], model: str) -> float:
-    """By the task's own figure with the first seed: the larger the better, but for a loss."""
+    """By the task's own figure with the first seed: the larger the better, but for a loss. A run without it, which
+    diverged, is the worst."""
     metric = TASKS[options.arguments.task].metric
-    sign = -1 if metric.endswith("loss") else 1
-    return max(options.lrs, key=lambda lr: sign * (outcomes[Case(model, lr, 0)].get(metric) or -sign * float("inf")))
+
+    def merit(lr: float) -> float:
+        value = outcomes[Case(model, lr, 0)].get(metric)
+        if value is None:
+            return -math.inf
+        return -value if metric.endswith("loss") else value
+
+    return max(options.lrs, key=merit)
 
 
 def _rows(options: TaskOptions, outcomes: dict[Case, dict[str, Any]]) -> list[Row]:
@@ -143,7 +150,7 @@ def _rows(options: TaskOptions, outcomes: dict[Case, dict[str, Any]]) -> list[Ro
         model: [outcomes[Case(model, best_rate(options, outcomes, model), seed)] for seed in range(options.seeds)]
         for model in options.models
     }
-    metrics = options.metrics or tuple(dict.fromkeys((TASKS[options.arguments.task].metric, "eval_loss")))
+    metrics = dict.fromkeys((TASKS[options.arguments.task].metric, "eval_loss"))  # each once
     other = next((model for model in options.models if model != OURS), None)
     made: list[Row] = []
     for metric in metrics:
