@@ -388,6 +388,16 @@ def test_read_table(tmp_path):
     assert read_table(tmp_path / "a.csv", ("text", "label")) == [{"label": "1", "text": "two, with\ta comma"}]
     (tmp_path / "a.tsv.gz").write_bytes(gzip.compress(b'a "quote\tx\n'))
     assert read_table(tmp_path / "a.tsv.gz", ("text", "label")) == [{"text": 'a "quote', "label": "x"}]
+    (tmp_path / "a.tsv").write_text("a\nb\n")
+    assert read_table(tmp_path / "a.tsv", ("text",), ("label",)) == [{"text": "a"}, {"text": "b"}]
+    for head in ("", "text\tlabel\n"):
+        (tmp_path / "a.tsv").write_text(f"{head}a\tx\n")
+        assert read_table(tmp_path / "a.tsv", ("text",), ("label",)) == [{"text": "a", "label": "x"}]
+    (tmp_path / "a.tsv").write_text("from\ttext\nx\ta\n")
+    assert read_table(tmp_path / "a.tsv", ("text",), ("label",)) == [{"from": "x", "text": "a"}]
+    (tmp_path / "a.tsv").write_text("a\tx\ty\n")
+    with pytest.raises(DataError, match="has no column 'text'"):
+        read_table(tmp_path / "a.tsv", ("text",), ("label",))
     (tmp_path / "lines").write_bytes("a\u2028c\r\nb\r\n".encode())
     assert read_lines(tmp_path / "lines") == ["a\u2028c", "b"]
     (tmp_path / "lines").write_bytes("a\x0b b\u2028c\nd\n\ne".encode())

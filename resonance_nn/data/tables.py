@@ -35,11 +35,11 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     return text.split("\n")[: -1 if text.endswith("\n") else None]  # nowhere else: parallel files have equal lines
 
 
-def read_table(path: str | os.PathLike[str], fields: Sequence[str]) -> list[Row]:
+def read_table(path: str | os.PathLike[str], fields: Sequence[str], optional: Sequence[str] = ()) -> list[Row]:
     """The rows of a table, each with at least ``fields``.
 
-    .jsonl: an object a line. .csv and .tsv: with a first line of names, or, in a .tsv of just as many columns as
-    ``fields`` without one, in their order.
+    .jsonl: an object a line. .csv and .tsv: with a first line of names; a .tsv without one may have just as many
+    columns as ``fields``, in their order, and of ``optional`` ones after them.
 
     Raises:
         DataError: not such a file, or a row without one of the fields; it names the line.
@@ -51,7 +51,8 @@ def read_table(path: str | os.PathLike[str], fields: Sequence[str]) -> list[Row]
     if kind not in KINDS:
         raise DataError(f"{name}: a table is a {', '.join(KINDS)} file (or one of them with .gz)")
     lines = read_lines(path)
-    rows = _objects(name, lines) if kind == ".jsonl" else _columns(name, lines, fields, "," if kind == ".csv" else "\t")
+    delimiter = "," if kind == ".csv" else "\t"
+    rows = _objects(name, lines) if kind == ".jsonl" else _columns(name, lines, fields, optional, delimiter)
     if not rows:
         raise DataError(f"{name}: is empty")
     for number, row in rows:
@@ -76,7 +77,9 @@ def _objects(name: str, lines: Sequence[str]) -> list[tuple[int, Row]]:
     return rows
 
 
-def _columns(name: str, lines: Sequence[str], fields: Sequence[str], delimiter: str) -> list[tuple[int, Row]]:
+def _columns(
+    name: str, lines: Sequence[str], fields: Sequence[str], optional: Sequence[str], delimiter: str
+) -> list[tuple[int, Row]]:
     quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
     try:
         reader = csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter, quoting=quoting, strict=True)
@@ -88,8 +91,8 @@ def _columns(name: str, lines: Sequence[str], fields: Sequence[str], delimiter: 
     head = cells[0][1]
     if set(fields) <= set(head):
         cells = cells[1:]
-    elif delimiter == "\t" and len(head) == len(fields):
-        head = list(fields)
+    elif delimiter == "\t" and len(fields) <= len(head) <= len(fields) + len(optional):
+        head = [*fields, *optional][: len(head)]
     else:
         missing = next(field for field in fields if field not in head)
         raise DataError(f"{name}:1: has no column {missing!r}; its first line must name {', '.join(fields)}")

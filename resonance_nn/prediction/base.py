@@ -15,6 +15,7 @@ from resonance_nn.evaluation import autocast
 from resonance_nn.loading import load_processor
 
 Found = dict[str, Any]  # what is said about one input: "input", "name", and more
+Batch = dict[str, torch.Tensor]
 
 
 class Predictor(ABC):
@@ -38,12 +39,12 @@ class Predictor(ABC):
         """The inputs that a file or folder holds. Raises DataError."""
 
     @abstractmethod
-    def batch(self, inputs: list[Found]) -> dict[str, torch.Tensor]:
+    def batch(self, inputs: list[Found]) -> Batch:
         """Inputs as the model takes them."""
 
     @abstractmethod
-    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
-        """What the model's outputs for a batch say of each input."""
+    def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
+        """What the model's outputs for the batch that was made of them say of each input."""
 
     def finish(self, found: list[Found]) -> list[Found]:
         """When all is known of each."""
@@ -60,8 +61,9 @@ class Predictor(ABC):
         with bar, autocast(precision, device.type):
             for begin in range(0, len(inputs), batch_size):
                 part = list(inputs[begin : begin + batch_size])
-                out = self.model(**{name: value.to(device) for name, value in self.batch(part).items()})
-                found += [{**own, **said} for own, said in zip(part, self.read_off(part, out), strict=True)]
+                batch = self.batch(part)
+                out = self.model(**{name: value.to(device) for name, value in batch.items()})
+                found += [{**own, **said} for own, said in zip(part, self.read_off(part, batch, out), strict=True)]
                 bar.update(len(part))
         return self.finish(found)
 
@@ -110,5 +112,5 @@ class FilePredictor(Predictor):
         labels = set(self.model.config.id2label.values())
         return {"truth": file.parent.name} if place.is_dir() and file.parent.name in labels else {}
 
-    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+    def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
         return self.scores(out.logits)

@@ -8,7 +8,7 @@ import torch
 from resonance_nn.image_processor import ResonanceImageProcessor
 from resonance_nn.models.vision import ResonanceForImageClassification
 from resonance_nn.plots import plot_pictures
-from resonance_nn.prediction.base import FilePredictor, Found
+from resonance_nn.prediction.base import Batch, FilePredictor, Found
 from resonance_nn.tasks.images import SUFFIXES
 
 
@@ -20,7 +20,7 @@ class ImageClasses(FilePredictor):
     processor_class = ResonanceImageProcessor
     can_draw = True
 
-    def batch(self, inputs: list[Found]) -> dict[str, torch.Tensor]:
+    def batch(self, inputs: list[Found]) -> Batch:
         size = self.model.config.image_size
         arrays = np.stack([self.processor.array(one["input"], size) for one in inputs])
         return {"pixel_values": self.processor.normalise(torch.from_numpy(arrays))}

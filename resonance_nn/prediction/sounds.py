@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import Wav2Vec2FeatureExtractor
 
 from resonance_nn.data.audio import detect_events, normalised, read_audio
 from resonance_nn.models.audio import ResonanceForAudioClassification, ResonanceForAudioFrameClassification
 from resonance_nn.plots import plot_events
-from resonance_nn.prediction.base import FilePredictor, Found
+from resonance_nn.prediction.base import Batch, FilePredictor, Found
 from resonance_nn.tasks.audio import SUFFIXES
 
 
@@ -22,10 +21,8 @@ class SoundClasses(FilePredictor):
     architecture = ResonanceForAudioClassification
     processor_class = Wav2Vec2FeatureExtractor
 
-    def batch(self, inputs: list[Found]) -> dict[str, torch.Tensor]:
-        sounds = [read_audio(one["input"], self.model.config.sampling_rate) for one in inputs]
-        self.samples = [len(samples) for samples in sounds]
-        return normalised(sounds)
+    def batch(self, inputs: list[Found]) -> Batch:
+        return normalised([read_audio(one["input"], self.model.config.sampling_rate) for one in inputs])
 
 
 class SoundEvents(SoundClasses):
@@ -38,11 +35,12 @@ class SoundEvents(SoundClasses):
     def truth(self, place: Path, file: Path) -> Found:
         return {}
 
-    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+    def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
         names, said = self.model.config.id2label, []
-        for samples, logits in zip(self.samples, out.logits.float().sigmoid().cpu(), strict=True):
-            times = self.model.frame_times(samples)
-            found = detect_events(logits[: len(times)].numpy(), times, min_seconds=0.05, merge_gap_seconds=0.05)
+        samples = batch["attention_mask"].sum(1).tolist()
+        for n, probabilities in zip(samples, out.logits.float().sigmoid().cpu(), strict=True):
+            times = self.model.frame_times(n)
+            found = detect_events(probabilities[: len(times)].numpy(), times, min_seconds=0.05, merge_gap_seconds=0.05)
             events = [{"label": names[i], "start": a, "end": b, "score": score} for i, a, b, score in found]
             line = ", ".join(f"{e['label']} {e['start']:.2f}–{e['end']:.2f} s" for e in events)
             said.append({"label": line or "none", "events": events})

@@ -20,7 +20,7 @@ from resonance_nn.models.encoder import (
     ResonanceForTokenClassification,
 )
 from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
-from resonance_nn.prediction.base import Found, Predictor
+from resonance_nn.prediction.base import Batch, Found, Predictor
 from resonance_nn.tasks.text import padded
 from resonance_nn.tasks.translation import translate
 
@@ -33,20 +33,15 @@ class TextPredictor(Predictor):
         return load_tokenizer(folder)
 
     def files(self, path: str) -> list[Found]:
-        name = path.removesuffix(".gz")
-        if name.endswith(KINDS):
-            field = "label" if name.endswith(".tsv") else None
-            try:
-                rows = read_table(path, ("text", "label") if field else ("text",))
-            except DataError:
-                rows = read_table(path, ("text",))
+        if path.removesuffix(".gz").endswith(KINDS):
+            rows = read_table(path, ("text",), optional=("label",))
             return [{"name": f"{path}:{i}", "input": str(row["text"]), **_truth(row)} for i, row in enumerate(rows, 1)]
         lines = [(i, line) for i, line in enumerate(read_lines(path), 1) if line.strip()]
         if not lines:
             raise DataError(f"{path}: holds no text")
         return [{"name": f"{path}:{i}", "input": line} for i, line in lines]
 
-    def batch(self, inputs: list[Found]) -> dict[str, torch.Tensor]:
+    def batch(self, inputs: list[Found]) -> Batch:
         ids = [self.ids(one["input"]) for one in inputs]
         mask = padded([[1] * len(row) for row in ids], 0)
         return {"input_ids": padded(ids, self.processor.pad_token_id or 0), "attention_mask": mask}
@@ -60,7 +55,7 @@ class TextClasses(TextPredictor):
     kind = "labels"
     architecture = ResonanceForSequenceClassification
 
-    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+    def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
         return self.scores(out.logits)
 
 
@@ -68,21 +63,21 @@ class WordClasses(TextPredictor):
     kind = "labels of words"
     architecture = ResonanceForTokenClassification
 
-    def batch(self, inputs: list[Found]) -> dict[str, torch.Tensor]:
-        ids: list[list[int]] = []
-        for one in inputs:
-            one["first"], row = [], encode_text(self.processor, "")
-            for i, word in enumerate(one["input"].split()):
-                one["first"].append(len(row))
-                row += encode_bytes(self.processor, f"{' ' if i else ''}{word}".encode())
-            ids.append(row)
-        mask = padded([[1] * len(row) for row in ids], 0)
-        return {"input_ids": padded(ids, self.processor.pad_token_id or 0), "attention_mask": mask}
+    def ids(self, text: str) -> list[int]:
+        return self.words(text)[0]
 
-    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+    def words(self, text: str) -> tuple[list[int], list[int]]:
+        """The tokens of a text, and where each of its words begins among them."""
+        ids, first = encode_text(self.processor, ""), []
+        for i, word in enumerate(text.split()):
+            first.append(len(ids))
+            ids += encode_bytes(self.processor, f"{' ' if i else ''}{word}".encode())
+        return ids, first
+
+    def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
         names, said = self.model.config.id2label, []
         for one, p in zip(inputs, out.logits.float().softmax(-1).cpu(), strict=True):
-            best = p[one.pop("first")].max(-1)
+            best = p[self.words(one["input"])[1]].max(-1)
             words = zip(one["input"].split(), best.indices.tolist(), best.values.tolist(), strict=True)
             tags = [{"word": word, "label": names[i], "score": score} for word, i, score in words]
             said.append({"label": " ".join(f"{tag['word']}/{tag['label']}" for tag in tags), "words": tags})
@@ -105,13 +100,12 @@ class HiddenWords(TextPredictor):
             ids += ([self.processor.mask_token_id] if i else []) + encode_bytes(self.processor, part.encode())
         return ids
 
-    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+    def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
         said: list[Found] = []
-        for one, logits in zip(inputs, out.logits.float().cpu(), strict=True):
-            ids = self.ids(one["input"])
+        for hidden, logits in zip(batch["input_ids"] == self.processor.mask_token_id, out.logits, strict=True):
             holes: list[list[Found]] = []
-            for place in (i for i, token in enumerate(ids) if token == self.processor.mask_token_id):
-                best = logits[place].softmax(-1).topk(self.top)
+            for of_hole in logits[hidden.to(logits.device)].float().softmax(-1).cpu():
+                best = of_hole.topk(self.top)
                 pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
                 holes.append([{"token": self.processor.decode([i]), "score": score} for i, score in pairs])
             said.append({"label": " | ".join(hole[0]["token"] for hole in holes), "masks": holes})
@@ -124,7 +118,7 @@ class NearestTexts(TextPredictor):
     kind = "nearest texts"
     architecture = ResonanceForSentenceEmbedding
 
-    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+    def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
         return [{"embedding": vector} for vector in out.embeddings.float().cpu()]
 
     def finish(self, found: list[Found]) -> list[Found]:
@@ -153,7 +147,7 @@ class Translations(TextPredictor):
             made = translate(self.model, self.processor, [one["input"] for one in inputs], progress=progress)
         return [{**one, "label": text} for one, text in zip(inputs, made, strict=True)]
 
-    def read_off(self, inputs: list[Found], out: Any) -> list[Found]:
+    def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
         raise NotImplementedError("a translation is made token by token")
 
 
