@@ -10,13 +10,14 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 
+from resonance_nn.arguments import TrainArguments
 from resonance_nn.files import atomic_path
 
 PARTIAL = ".partial"
@@ -37,6 +38,14 @@ def write_errors(folder: Path, advice: str = "free some space") -> Iterator[None
         if isinstance(error, (OSError, RuntimeError, SafetensorError)) or type(error) is Exception:
             raise ValueError(f"cannot write to {folder} ({str(error).splitlines()[0]}); {advice}") from error
         raise
+
+
+def changed_settings(old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    """For people, what differs between the settings that a run was begun with and others; empty if nothing does. The
+    old ones must have the defaults of what the run was begun before."""
+    old, new = (json.loads(json.dumps(dict(settings))) for settings in (old, new))
+    changed = [name for name in {**old, **new} if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {old.get(name)!r} and is {new.get(name)!r}" for name in changed)
 
 
 class RunFolder:
@@ -84,12 +93,10 @@ class RunFolder:
             )
 
     def _check_settings(self, run: dict[str, Any]) -> None:
-        old, new = self.run()["settings"], json.loads(json.dumps(run["settings"]))
-        changed = [f"{n} was {old.get(n)!r} and is {new.get(n)!r}" for n in {**old, **new} if old.get(n) != new.get(n)]
-        if changed:
-            raise ValueError(
-                f"resume: {'; '.join(changed)}: give the arguments the run began with, or --overwrite to start anew"
-            )
+        defaults, new = vars(TrainArguments(data=(), output_dir="")), run["settings"]
+        old = {**{name: value for name, value in defaults.items() if name in new}, **self.run()["settings"]}
+        if changed := changed_settings(old, new):
+            raise ValueError(f"resume: {changed}: give the arguments the run began with, or --overwrite to start anew")
 
     def run(self) -> dict[str, Any]:
         """What the run was begun with."""

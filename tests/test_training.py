@@ -255,6 +255,20 @@ def test_resume_refuses_other_settings_and_data(arguments, text, tmp_path, monke
     assert train(replace(arguments, overwrite=True, steps=2))["summary"]["steps"] == 2
 
 
+def test_a_run_begun_before_an_argument_existed_had_its_default(arguments, monkeypatch):
+    interrupt_at(monkeypatch, 3)
+    with pytest.raises(TrainingInterrupted):
+        train(arguments)
+    file = arguments.output_dir / "data" / "run.json"
+    run = json.loads(file.read_text())
+    for name in ("augment", "recipe", "task"):
+        del run["settings"][name]
+    file.write_text(json.dumps(run))
+    with pytest.raises(ValueError, match=r"resume: augment was None and is \['flip'\]: give the arguments"):
+        train(replace(arguments, resume=True, augment=["flip"]))
+    assert train(replace(arguments, resume=True))["summary"]["steps"] == arguments.steps
+
+
 def test_full_disk_leaves_the_last_whole_checkpoint(arguments, monkeypatch):
     original = torch.save
 

@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from resonance_nn.arguments import check_optimizer
 from resonance_nn.config import ResonanceConfig
+from resonance_nn.rundir import changed_settings
 
 REVISION = 3  # raised when the same settings come to mean another model or other batches: older runs are left alone
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -135,12 +136,8 @@ def check_settings(folder: Path, settings: dict[str, Any]) -> None:
         old = _flat(_completed(json.loads((folder / "run.json").read_text(encoding="utf-8"))))
     except ValueError as error:
         raise ValueError(f"{folder / 'run.json'}: damaged ({error}); --overwrite to start anew") from error
-    new = _flat(json.loads(json.dumps(settings)))
-    changed = [f"{n} was {old.get(n)!r} and is {new.get(n)!r}" for n in {**old, **new} if old.get(n) != new.get(n)]
-    if changed:
-        raise ValueError(
-            f"resume: {str(folder)!r}: {'; '.join(changed)}: give the arguments the run began with, or --overwrite"
-        )
+    if changed := changed_settings(old, _flat(settings)):
+        raise ValueError(f"resume: {str(folder)!r}: {changed}: give the arguments the run began with, or --overwrite")
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:
