@@ -79,6 +79,76 @@ def test_retrieval_learns(data, tmp_path):
     assert summary["eval_loss"] < 1.6  # the colour is known; which thing of the colour is not
 
 
+def test_predict_classes(data, tmp_path, capsys):
+    """Of rows that lack any; what they say of the answer is judged."""
+    assert main(words_of("multimodal-classification", data, tmp_path / "m", "--steps", "30")) == 0
+    capsys.readouterr()
+    words = ["predict", str(tmp_path / "m")]
+    more = ["--batch-size", "7", "--top", "2", "--json", str(tmp_path / "p.json")]
+    assert main([*words, str(data / "test.jsonl"), *more]) == 0
+    out, payload = capsys.readouterr().out, json.loads((tmp_path / "p.json").read_text())
+    assert "of the 18 inputs whose label is known are right" in out
+    assert payload["rows"][0]["ours"] > 0.9
+    first = payload["found"][0]
+    assert first["name"] == f"{data / 'test.jsonl'}: row 1"
+    assert first["input"] == "72.png · 72.wav"  # its text is missing
+    assert first["text"] is None
+    assert len(first["scores"]) == 2
+    (tmp_path / "some.csv").write_text(f"text,image\na blue thing,\n,{data / '5.png'}\n")
+    assert main([*words, str(tmp_path / "some.csv"), "--json", str(tmp_path / "p.json")]) == 0
+    assert "is known" not in capsys.readouterr().out
+    assert [one["label"] for one in json.loads((tmp_path / "p.json").read_text())["found"]] == ["blue", "blue"]
+    (tmp_path / "none.jsonl").write_text('{"text": ""}\n')
+    for given, message in (
+        (["--text", "red"], "this model gives labels of tables; name files"),
+        ([str(data / "test.jsonl"), "--picture", str(tmp_path / "p.png")], "this model gives labels of tables; --json"),
+        ([str(tmp_path / "none.jsonl")], "none.jsonl: row 1: has none of text, image, audio"),
+        ([str(tmp_path / "nowhere.csv")], "nowhere.csv: no such file"),
+        ([str(data)], "a table is a .jsonl, .csv, .tsv file"),
+    ):
+        assert main([*words, *given]) == 2
+        error = capsys.readouterr().err.strip()
+        assert message in error
+        assert "\n" not in error
+
+
+@pytest.mark.parametrize("modalities", [["text", "image"], ["image", "text", "audio"], ["audio", "text"]])
+def test_predict_matches(modalities, data, tmp_path, capsys):
+    """The best matches of each row's query among all rows, those of other rows too, and a sheet of them."""
+    words = words_of("multimodal-retrieval", data, tmp_path / "m", "--steps", "20")
+    assert main([*words, "--set", f"modalities={json.dumps(modalities)}"]) == 0
+    capsys.readouterr()
+    words = ["predict", str(tmp_path / "m"), str(data / "test.jsonl"), "--picture", str(tmp_path / "p.png")]
+    assert main([*words, "--batch-size", "7", "--json", str(tmp_path / "p.json")]) == 0
+    assert "best matches" in capsys.readouterr().out
+    found = json.loads((tmp_path / "p.json").read_text())["found"]
+    rows = [json.loads(line) for line in (data / "test.jsonl").read_text().splitlines()]
+    assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
+    asked, *others = modalities
+    answers = sum(any(row[name] for name in others) for row in rows)
+    for one, row in zip(found, rows, strict=True):
+        if not row[asked]:
+            assert (one["matches"], one["rank"], one["label"]) == ([], None, f"no {asked}")
+            continue
+        scores = [match["score"] for match in one["matches"]]
+        assert len(scores) == 5
+        assert scores == sorted(scores, reverse=True)
+        assert all(-1.001 <= score <= 1.001 for score in scores)
+        assert one["input"] == row[asked]
+        assert one["label"] == one["matches"][0]["input"]
+        names = [match["name"] for match in one["matches"]]
+        assert [match["right"] for match in one["matches"]] == [name == one["name"] for name in names]
+        if any(row[name] for name in others):
+            assert 1 <= one["rank"] <= answers
+            assert one["rank"] > 5 or names[one["rank"] - 1] == one["name"]
+        else:
+            assert one["rank"] is None
+    assert main([*words, "--top", "2", "--json", str(tmp_path / "p.json")]) == 0
+    again = json.loads((tmp_path / "p.json").read_text())["found"]
+    for one, before in zip(again, found, strict=True):
+        assert [match["name"] for match in one["matches"]] == [match["name"] for match in before["matches"][:2]]
+
+
 def test_going_on_keeps_what_makes_the_inputs(data, tmp_path):
     """The tokenizer above all: ids of another would mean other words."""
     assert main(words_of("multimodal-classification", data, tmp_path / "first", "--steps", "3")) == 0

@@ -28,16 +28,19 @@ def predict(
     model: ModelArgument,
     inputs: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[INPUT]...", help="Files or folders: pictures; texts, a line or a row each."),
+        typer.Argument(metavar="[INPUT]...", help="Files or folders: pictures, sounds, tables; texts by lines."),
     ] = None,
     text: Annotated[list[str] | None, typer.Option("--text", help="A text itself; repeatable.")] = None,
-    top: Annotated[int, typer.Option(help="How many labels, tokens or neighbours to name.")] = 3,
+    top: Annotated[
+        int | None, typer.Option(help="How many labels, tokens or neighbours to name. Default: 3, or 5 matches.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Inputs at a time; changes the speed only.")] = 32,
     precision: PrecisionOption = "auto",
     device: DeviceOption = "auto",
     json_file: JsonOption = None,
     picture: Annotated[
-        str | None, typer.Option("--picture", metavar="FILE", help="Show inputs and predictions as a PNG, of images.")
+        str | None,
+        typer.Option("--picture", metavar="FILE", help="A PNG of images, sounds or matches and what is said of them."),
     ] = None,
 ) -> None:
     """What a trained classifier, encoder or retriever says of files and texts.
@@ -46,7 +49,7 @@ def predict(
     """
     check_output(json_file, "--json")
     check_output(picture, "--picture")
-    if top < 1 or batch_size < 1:
+    if (top is not None and top < 1) or batch_size < 1:
         raise ValueError(f"top = {top}, batch_size = {batch_size}: must be ≥ 1")
 
     from resonance_nn.evaluation import report, resolve_device, resolve_precision, row
@@ -55,7 +58,9 @@ def predict(
     where = resolve_device(device)
     predictor = load_predictor(model, device=where, top=top)
     if picture is not None and not predictor.can_draw:
-        raise ValueError(f"--picture {picture!r}: this model gives {predictor.kind} of texts; --json keeps them")
+        raise ValueError(
+            f"--picture {picture!r}: this model gives {predictor.kind} of {predictor.what}; --json keeps them"
+        )
     found = predictor(
         list(find_inputs(predictor, inputs or [], text or [])),
         batch_size=batch_size,

@@ -8,6 +8,7 @@ from resonance_nn.data.documents import DataError
 from resonance_nn.loading import load_any
 from resonance_nn.prediction.base import Found, Predictor
 from resonance_nn.prediction.images import ImageClasses
+from resonance_nn.prediction.multimodal import MultimodalClasses, MultimodalMatches
 from resonance_nn.prediction.sounds import SoundClasses, SoundEvents
 from resonance_nn.prediction.texts import HiddenWords, NearestTexts, TextClasses, Translations, WordClasses
 
@@ -16,12 +17,14 @@ PREDICTORS: dict[str, type[Predictor]] = {
     for one in (
         *(TextClasses, WordClasses, HiddenWords, NearestTexts, Translations),
         *(ImageClasses, SoundClasses, SoundEvents),
+        *(MultimodalClasses, MultimodalMatches),
     )
 }
 
 
-def load_predictor(name: str, *, device: str = "cpu", top: int = 3) -> Predictor:
-    """The predictor of a model: a folder, a bundled name or hub:org/name. Raises ValueError."""
+def load_predictor(name: str, *, device: str = "cpu", top: int | None = None) -> Predictor:
+    """The predictor of a model: a folder, a bundled name or hub:org/name. ``top``: how many labels, tokens or
+    neighbours to name, None: 3, or 5 matches. Raises ValueError."""
     kinds = {name: one.architecture for name, one in PREDICTORS.items()}
     model, folder = load_any(name, kinds, device=device)
     one = PREDICTORS[type(model).__name__]
@@ -31,7 +34,7 @@ def load_predictor(name: str, *, device: str = "cpu", top: int = 3) -> Predictor
 def find_inputs(predictor: Predictor, paths: Sequence[str], texts: Sequence[str]) -> Iterator[Found]:
     """What files, folders and given texts hold. Raises DataError."""
     if texts and not predictor.takes_text:
-        raise DataError(f"--text: this model gives {predictor.kind} of files; name files or folders")
+        raise DataError(f"--text: this model gives {predictor.kind} of {predictor.what}; name files or folders")
     if not paths and not texts:
         raise DataError("nothing to predict: name files or folders" + (", or --text" if predictor.takes_text else ""))
     for path in paths:

@@ -22,12 +22,15 @@ class Predictor(ABC):
     """A model and what makes its inputs."""
 
     kind: ClassVar[str]  # what it says, for people
+    what: ClassVar[str]  # it says that of, for people
     architecture: ClassVar[type[Any]]
     takes_text: ClassVar[bool] = True  # and otherwise files only
     can_draw: ClassVar[bool] = False
+    default_top: ClassVar[int] = 3
 
-    def __init__(self, model: Any, processor: Any, top: int = 3) -> None:
-        self.model, self.processor, self.top = model, processor, top
+    def __init__(self, model: Any, processor: Any, top: int | None = None) -> None:
+        self.model, self.processor = model, processor
+        self.top = self.default_top if top is None else top
 
     @classmethod
     @abstractmethod
@@ -89,7 +92,6 @@ class FilePredictor(Predictor):
 
     takes_text = False
     suffixes: ClassVar[tuple[str, ...]]
-    what: ClassVar[str]  # they are, for people
     processor_class: ClassVar[type[Any]]
 
     @classmethod

@@ -28,6 +28,8 @@ from resonance_nn.tasks.translation import translate
 class TextPredictor(Predictor):
     """Texts: the lines of a file, or the field ``text`` of a table."""
 
+    what = "texts"
+
     @classmethod
     def load_processor(cls, folder: Path) -> Any:
         return load_tokenizer(folder)

@@ -197,7 +197,7 @@ class MultimodalRetrieval(MultimodalClassification):
 class MultimodalBatch:
     """Rows -> inputs."""
 
-    def __init__(self, processor: Any, config: ResonanceConfig, max_length: int) -> None:
+    def __init__(self, processor: Any, config: ResonanceConfig, max_length: int | None = None) -> None:
         self.processor, self.config, self.max_length = processor, config, max_length
 
     def __call__(self, rows: list[Row]) -> dict[str, Tensor]:
