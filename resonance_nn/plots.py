@@ -96,29 +96,30 @@ def plot_retrieval(
     from matplotlib.figure import Figure
 
     across = max(len(matches) for _, _, matches in queries)
-    figure = Figure(figsize=(2.9 + 1.35 * across, 0.35 + 1.6 * len(queries)), dpi=130, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.05, h_pad=0.06, wspace=0.02, hspace=0.02)  # type: ignore[union-attr]
-    grid = figure.subplots(len(queries), 1 + across, squeeze=False, width_ratios=[2.1, *[1.0] * across])
+    figure = Figure(figsize=(2.9 + 1.35 * across, 0.1 + 1.6 * len(queries)), dpi=130, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1, wspace=0.0, hspace=0.0)  # type: ignore[union-attr]
+    grid = figure.subplots(len(queries), 1 + across, squeeze=False, width_ratios=[2.0, *[1.0] * across])
     for row, (query, rank, matches) in zip(grid, queries, strict=True):
         for axes in row:
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
-        _show(row[0], query, width=26, size=10)
+        _show(row[0], query, 0.0, width=30, fontsize=10)
+        row[0].set_anchor("W")
         if rank is not None:
-            right = "right one first" if rank == 1 else f"right one: {rank}."
-            row[0].set_xlabel(right, fontsize=7.5, color=RIGHT if rank == 1 else "#888888", loc="left")
+            place = "right one first" if rank == 1 else f"right one at place {rank}"
+            row[0].set_xlabel(place, fontsize=8, color=RIGHT if rank == 1 else "#777777", loc="left")
         for axes, (match, score, right) in zip(row[1:], matches, strict=False):
-            _show(axes, match, width=15, size=7.5)
+            _show(axes, match, 0.06, width=14, fontsize=8)
+            axes.set_box_aspect(1)
             axes.spines[:].set(visible=True, color=RIGHT if right else "#cccccc", linewidth=3.5 if right else 0.8)
             axes.set_title(f"{score:.2f}", fontsize=8.5, color=RIGHT if right else "#444444", pad=4)
     figure.savefig(path, format="png")
 
 
-def _show(axes: Any, shown: Any, width: int, size: float) -> None:
-    """A picture of bytes, or a text in lines of so many characters."""
+def _show(axes: Any, shown: Any, x: float, *, width: int, fontsize: float) -> None:
+    """A picture of bytes, or from x on a text in lines of so many characters."""
     if not isinstance(shown, str):
         axes.imshow(shown, cmap="gray", vmin=0, vmax=255)
         return
-    lines = textwrap.wrap(shown, width, max_lines=6, placeholder=" …")
-    axes.set_box_aspect(1 if width < 20 else None)
-    axes.text(0.04, 0.5, "\n".join(lines), va="center", fontsize=size, transform=axes.transAxes, parse_math=False)
+    text = "\n".join(textwrap.wrap(shown, width, max_lines=6, placeholder=" …"))
+    axes.text(x, 0.5, text, va="center", fontsize=fontsize, transform=axes.transAxes, parse_math=False)

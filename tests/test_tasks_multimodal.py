@@ -143,6 +143,9 @@ def test_predict_matches(modalities, data, tmp_path, capsys):
             assert one["rank"] > 5 or names[one["rank"] - 1] == one["name"]
         else:
             assert one["rank"] is None
+    (data / "silent.jsonl").write_text(json.dumps({others[0]: rows[5][others[0]]}))
+    assert main([*words[:2], str(data / "silent.jsonl"), *words[3:]]) == 2
+    assert f"no row has {asked} to find {', '.join(others)} by" in capsys.readouterr().err
     assert main([*words, "--top", "2", "--json", str(tmp_path / "p.json")]) == 0
     again = json.loads((tmp_path / "p.json").read_text())["found"]
     for one, before in zip(again, found, strict=True):

@@ -95,11 +95,14 @@ class MultimodalMatches(MultimodalPredictor):
         return found
 
     def draw(self, found: list[Found], path: str) -> None:
-        """A sheet of the first eight queries with their best matches."""
+        """A sheet of eight queries, taken evenly, with their best matches."""
         asked, *others = self.model.config.modalities
         named = {one["name"]: one for one in found}
         rows = []
-        for one in [one for one in found if one["matches"]][:SHOWN]:
+        asking = [one for one in found if one["matches"]]
+        if not asking:
+            raise ValueError(f"--picture {path!r}: no row has {asked} to find {', '.join(others)} by")
+        for one in asking[:: -(-len(asking) // SHOWN)]:
             matches = [(self.shown(named[m["name"]], others), m["score"], m["right"]) for m in one["matches"]]
             rows.append((self.shown(one, [asked]), one["rank"], matches))
         plot_retrieval(rows, path)
