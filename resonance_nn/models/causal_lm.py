@@ -44,12 +44,6 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
 
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
-
     def forward(
         self,
         input_ids: Tensor | None = None,
@@ -123,7 +117,7 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
         num_items: Tensor | int | None,
         mixers_loss: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
-        config, head = self.config, self.get_output_embeddings()
+        config, head = self.config, self.lm_head
         if labels.shape != hidden.shape[:2]:
             raise ValueError(f"labels of shape {tuple(labels.shape)}: must be {tuple(hidden.shape[:2])}, as input_ids")
         targets = labels[:, 1:].to(hidden.device)
@@ -153,16 +147,25 @@ class ResonanceForCausalLM(ResonancePreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(  # type: ignore[override] (its annotation says bool, it returns nothing)
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        mask = model_kwargs.get("attention_mask")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise ValueError("attention_mask ends in padding: to generate, pad on the left (padding_side='left')")
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation is not None:
-                raise ValueError(
-                    f"cache_implementation = {generation_config.cache_implementation!r}: the state of this model has "
-                    "one form; leave it unset"
-                )
-            model_kwargs["past_key_values"] = ResonanceCache(self.config.num_hidden_layers)
+        prepare_state(self.config, generation_config, model_kwargs, "attention_mask")
+
+
+def prepare_state(
+    config: ResonanceConfig, generation_config: Any, model_kwargs: dict[str, Any], mask_name: str
+) -> None:
+    """A new state for ``generate`` to begin with, unless it goes on from one or wants none. Raises ValueError where the
+    mask ends in padding, or another kind of cache is wanted."""
+    mask = model_kwargs.get(mask_name)
+    if mask is not None and not bool(mask[:, -1].all()):
+        raise ValueError(f"{mask_name} ends in padding: to generate, pad on the left (padding_side='left')")
+    if model_kwargs.get("past_key_values") is not None or generation_config.use_cache is False:
+        return
+    if generation_config.cache_implementation is not None:
+        raise ValueError(
+            f"cache_implementation = {generation_config.cache_implementation!r}: the state of this model has one form; "
+            "leave it unset"
+        )
+    model_kwargs["past_key_values"] = ResonanceCache(config.num_hidden_layers)
 
 
 def refuse_non_causal(config: ResonanceConfig) -> None:

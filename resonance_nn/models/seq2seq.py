@@ -18,7 +18,7 @@ from resonance_nn.config_checks import check_fields
 from resonance_nn.layers import ResidualRMSNorm
 from resonance_nn.mixers.base import RightPadding, State, real_tokens
 from resonance_nn.models.base import ResonanceModel, ResonancePreTrainedModel, mark_residual_maps
-from resonance_nn.models.causal_lm import refuse_non_causal
+from resonance_nn.models.causal_lm import prepare_state, refuse_non_causal
 from resonance_nn.ops.cross_entropy import linear_cross_entropy, logits_cross_entropy
 
 SOURCE = "source"  # what the bridge wrote, in a block's state
@@ -89,12 +89,6 @@ class ResonanceForConditionalGeneration(ResonancePreTrainedModel, GenerationMixi
 
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.encoder.embed = value
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.lm_head
-
-    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
-        self.lm_head = new_embeddings
 
     def forward(
         self,
@@ -289,13 +283,4 @@ class ResonanceForConditionalGeneration(ResonancePreTrainedModel, GenerationMixi
     def _prepare_cache_for_generation(  # type: ignore[override] (its annotation says bool, it returns nothing)
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
-        mask = model_kwargs.get("decoder_attention_mask")
-        if mask is not None and not bool(mask[:, -1].all()):
-            raise ValueError("decoder_attention_mask ends in padding: to go on from prompts, pad them on the left")
-        if model_kwargs.get("past_key_values") is None and generation_config.use_cache is not False:
-            if generation_config.cache_implementation is not None:
-                raise ValueError(
-                    f"cache_implementation = {generation_config.cache_implementation!r}: the state of this model has "
-                    "one form; leave it unset"
-                )
-            model_kwargs["past_key_values"] = ResonanceCache(self.config.num_hidden_layers)
+        prepare_state(self.config, generation_config, model_kwargs, "decoder_attention_mask")
