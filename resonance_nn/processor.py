@@ -10,10 +10,9 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import BatchFeature, ProcessorMixin
 
+from resonance_nn.config_checks import MODALITIES
 from resonance_nn.data import encode_text
 from resonance_nn.data.audio import normalised, read_audio
-
-MODALITIES = ("text", "image", "audio")
 
 
 class ResonanceProcessor(ProcessorMixin):

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from resonance_nn.config_checks import MODALITIES
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.images import read_image
 from resonance_nn.data.tables import Row
@@ -15,7 +16,7 @@ from resonance_nn.loading import load_processor
 from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceForMultimodalClassification
 from resonance_nn.plots import plot_retrieval
 from resonance_nn.prediction.base import Batch, Found, Predictor
-from resonance_nn.processor import MODALITIES, ResonanceProcessor
+from resonance_nn.processor import ResonanceProcessor
 from resonance_nn.tasks.multimodal import MultimodalBatch, read_rows
 
 SHOWN = 8  # queries of a sheet

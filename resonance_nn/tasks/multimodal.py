@@ -16,6 +16,7 @@ from transformers import EvalPrediction, Wav2Vec2FeatureExtractor
 
 from resonance_nn.arguments import SMALLEST_VOCABULARY
 from resonance_nn.config import ResonanceConfig
+from resonance_nn.config_checks import MODALITIES
 from resonance_nn.data import tokenizer_vocab_size, train_tokenizer
 from resonance_nn.data.audio import read_audio
 from resonance_nn.data.documents import DataError
@@ -23,7 +24,7 @@ from resonance_nn.data.tables import Row, read_table
 from resonance_nn.image_processor import ResonanceImageProcessor
 from resonance_nn.loading import load_processor, load_tokenizer, model_folder
 from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceForMultimodalClassification
-from resonance_nn.processor import MODALITIES, ResonanceProcessor
+from resonance_nn.processor import ResonanceProcessor
 from resonance_nn.rundir import write_errors
 from resonance_nn.tasks.audio import common_rate
 from resonance_nn.tasks.base import Learning, Task, check_files, label_names, name_labels, split_examples
@@ -81,13 +82,13 @@ class MultimodalClassification(Task):
         if processor is None:
             processor, fields = self.fitted(train, kinds)
             facts |= fields
-        readers = {
-            "image": processor.image_processor.array,
-            "audio": lambda path: read_audio(path, processor.feature_extractor.sampling_rate),
-        }
-        for name in set(readers) & set(kinds):
-            paths = (row[name] for row in (*train, *held_out) if row[name])
-            check_files(paths, readers[name], progress=a.progress)
+        rate = processor.feature_extractor.sampling_rate
+        for name, read in (
+            ("image", processor.image_processor.array),
+            ("audio", lambda path: read_audio(path, rate)),
+        ):
+            paths = [row[name] for row in (*train, *held_out) if row[name]]
+            check_files(paths if name in kinds else [], read, progress=a.progress)
         with write_errors(folder):
             processor.save_pretrained(folder / "processor")
             (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
