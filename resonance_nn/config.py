@@ -18,10 +18,12 @@ SIZES: dict[str, dict[str, int]] = {
 }
 RECIPES: dict[str, dict[str, Any]] = {  # named settings, each measured: docs/results.md says for what
     "default": {},
+    "spectral": {"mixers": ("spectral_gate",)},  # the fastest to train
     "memory": {"mixers": ("holographic",), "decay": "none", "gates": "hard"},  # forgets nothing but what it overwrites
 }
 TRAINING_FIELDS = {  # without effect in evaluation
-    *("dropout", "initializer_range", "initial_context", "shortest_context", "initial_step", "format_version"),
+    *("dropout", "initializer_range", "initial_context", "shortest_context", "initial_step", "initial_recall"),
+    "format_version",
     *("label_smoothing", "z_loss_weight", "entropy_weight", "mode_noise", "modality_dropout"),
 }
 
@@ -33,15 +35,17 @@ class ResonanceConfig(PreTrainedConfig):
         vocab_size: entries of the vocabulary, ≥ 2.
         hidden_size: width D.
         num_hidden_layers: blocks.
-        num_heads: heads H of every mixer, a divisor of D with D/H ≥ 8; None means heads of 64 channels, or of as many
-            as divide D. ``num_attention_heads`` is an alias.
+        num_heads: heads H of every mixer, a divisor of D with D/H ≥ 8; None means heads of 64 channels, of 256 for
+            "memories", which is what we call a model whose mixers are all ``holographic`` with keys that are shared
+            (``key_groups`` 1) and do not turn, or of fewer that divide D. ``num_attention_heads`` is an alias.
         mlp: "relu2", W_down max(W_up x, 0)², or "swiglu", W_down (silu(W_gate x) ∘ W_up x).
         intermediate_size: inner width of the MLP; None means 4·D of "relu2" and 8/3·D of "swiglu", which has a third
             matrix, rounded up to a multiple of 64.
         mixers: names from ``MIXERS``, tiled over the layers: ("spectral_gate", "attention") alternates them.
             "multi_scale:" before a causal one adds coarse copies of it, see ``scales``.
         num_modes: complex modes N a head (``spectral_gate``, 2N real ones with ``rotation`` "none") or a filter
-            (``resonance``); None means D/(2H), so that a head keeps as many reals a channel as it has channels.
+            (``resonance``); None means D/(2H), so that a head keeps as many reals a channel as it has channels, and for
+            memories D/8, but at least 32 and at most 128 or D/(2H).
         filters: ``resonance`` and ``global_filter``: one filter a "head" or a "channel".
         filter_size: ``global_filter``: where its filter is learned, tokens, or (rows, columns) of images; at other
             sizes it is interpolated. None means ``initial_context`` tokens.
@@ -74,6 +78,7 @@ class ResonanceConfig(PreTrainedConfig):
         gates: ``holographic``: how its gates to write and erase depend on their scores: "soft", σ, never quite shut, or
             "hard", clamp(1.2σ − 0.1, 0, 1), which can be.
         max_beta: ``holographic``: upper bound of β, in (0, 2]; above 1 a write can reflect.
+        output_gate: ``holographic``: what its output is multiplied by: "sigmoid", 2σ(z), 1 at first, or "silu", z σ(z).
         num_traces: ``hrr``: traces R a head; with 2 or more a write erases first.
         max_coupling: ``resolvent``: upper bound b_max of the couplings b_t, the unit of energy; half of it at first.
         min_damping: ``resolvent``: lower bound η_min of η; None means max_coupling/(2·initial_context), half of η at
@@ -88,7 +93,9 @@ class ResonanceConfig(PreTrainedConfig):
             kernels of fla-core on an NVIDIA GPU (docs/backend.md). Of the machine, not of the model: it is not saved.
         initial_context: the longest memory at initialisation, in tokens. It bounds nothing.
         shortest_context: ``spectral_gate``, ``holographic`` and ``hrr``: the shortest one; the heads' are log-spaced
-            between them. Where all of a state must recall, as long as the longest.
+            between them. None means 4, and for memories ``initial_context``/16.
+        initial_recall: ``holographic``: how strongly a layer at first recalls what followed the last token like the
+            present one (an induction head), where keys do not turn; 0 for random maps.
         scales: ``multi_scale:…``: lengths of the blocks in tokens, ascending, each ≥ 2.
         sliding_window: ``sliding_attention``: tokens W that one sees, itself among them.
         rope_theta: base of the rotary frequencies of ``attention`` and ``sliding_attention``.
@@ -136,7 +143,7 @@ class ResonanceConfig(PreTrainedConfig):
     num_heads: int = DERIVED
     mlp: str = "relu2"
     intermediate_size: int = DERIVED
-    mixers: tuple[str, ...] = ("spectral_gate",)
+    mixers: tuple[str, ...] = ("holographic",)
     num_modes: int = DERIVED
     filters: str = "head"
     filter_size: int | tuple[int, int] | None = DERIVED
@@ -161,6 +168,7 @@ class ResonanceConfig(PreTrainedConfig):
     decay: str = "head"
     gates: str = "soft"
     max_beta: float | int = 1.0
+    output_gate: str = "sigmoid"
     num_traces: int = 1
     max_coupling: float | int = 1.0
     min_damping: float | int = DERIVED
@@ -171,7 +179,8 @@ class ResonanceConfig(PreTrainedConfig):
     chunk_size: int = 64
     backend: str = "torch"
     initial_context: int = 2048
-    shortest_context: int = 4
+    shortest_context: int = DERIVED
+    initial_recall: float | int = 1.0
     scales: tuple[int, ...] = (4, 16)
     sliding_window: int = 256
     rope_theta: float | int = 10_000.0
@@ -214,14 +223,19 @@ class ResonanceConfig(PreTrainedConfig):
             raise ValueError(f"num_heads = {self.num_heads!r} and num_attention_heads = {alias!r}: one field; give one")
         for name in NAMES:
             setattr(self, name, as_names(name, getattr(self, name)))
+        memories = {name.removeprefix("reversed:") for name in self.mixers} == {"holographic"}  # and nothing else
+        memories = memories and self.key_groups == 1 and self.rotation == "none"
         if self.num_heads is DERIVED:
-            self.num_heads = _default_heads(self.hidden_size)
+            self.num_heads = usual_heads(self.hidden_size, 256 if memories else 64)
         check_fields(self)
         if self.intermediate_size is DERIVED:
             inner = 4 * self.hidden_size if self.mlp == "relu2" else -(-8 * self.hidden_size // 3)
             self.intermediate_size = -(-inner // 64) * 64
         if self.num_modes is DERIVED:
-            self.num_modes = max(1, self.hidden_size // self.num_heads // 2)
+            half = max(1, self.hidden_size // self.num_heads // 2)
+            self.num_modes = min(max(32, self.hidden_size // 8), 128, half) if memories else half
+        if self.shortest_context is DERIVED:
+            self.shortest_context = max(4, self.initial_context // 16) if memories else 4
         if self.num_groups is None:
             self.num_groups = self.num_heads
         if self.key_groups is None:
@@ -301,9 +315,9 @@ class ResonanceConfig(PreTrainedConfig):
         return tuple(self.mixers[i % len(self.mixers)] for i in range(self.num_hidden_layers))
 
 
-def _default_heads(hidden_size: int) -> int:
-    """Heads of 64 channels, else of the largest number of channels ≤ 128 and ≥ 8 that divides the width."""
-    for channels in (64, *range(63, 7, -1), *range(65, 129)):
+def usual_heads(hidden_size: int, most: int = 64) -> int:
+    """Heads of the largest number of channels from 8 to ``most`` that divides the width, else of a few more."""
+    for channels in (*range(most, 7, -1), *range(most + 1, 2 * most + 1)):
         if isinstance(hidden_size, int) and hidden_size % channels == 0:
             return hidden_size // channels
     return 1
@@ -312,9 +326,13 @@ def _default_heads(hidden_size: int) -> int:
 def _upgraded(fields: dict[str, Any]) -> dict[str, Any]:
     """A saved configuration of an earlier format as one of this, which has fields for what was fixed before."""
     version = fields.get("format_version")
-    if version not in (1, 2):
+    if version not in (1, 2, 3):
         return fields
-    fields = {"key_groups": None, **fields, "format_version": FORMAT_VERSION}
+    defaults = {"mixers": ("spectral_gate",), "shortest_context": 4, "output_gate": "silu", "initial_recall": 0.0}
+    fields = {**defaults, **fields, "format_version": FORMAT_VERSION}
+    if version == 3:
+        return fields
+    fields = {"key_groups": None, **fields}
     if version == 2:
         return fields
     fields = {"mlp": "swiglu", "activate_values": True, "num_groups": None, **fields}

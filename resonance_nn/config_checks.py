@@ -12,7 +12,7 @@ from resonance_nn.ops.fla_backend import BACKENDS
 if TYPE_CHECKING:
     from resonance_nn.config import ResonanceConfig
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 DERIVED: Any = None  # a field left out: the configuration derives it from others
 CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
     "filters": ("head", "channel"),
@@ -21,6 +21,7 @@ CHOICES: dict[str, tuple[str, ...]] = {  # fields that take one of a few words
     "erase": ("delta", "gated", "hermitian", "none"),
     "decay": ("head", "channel", "none"),
     "gates": ("soft", "hard"),
+    "output_gate": ("sigmoid", "silu"),
     "rotation": ("none", "step", "token"),
     "backend": BACKENDS,
     "pooling": ("mean", "last", "first"),
@@ -56,7 +57,6 @@ def check_fields(config: ResonanceConfig) -> None:
         ("conv_size", 1),
         ("chunk_size", 1),
         ("initial_context", 2),
-        ("shortest_context", 1),
         ("expand", 1),
         ("num_traces", 1),
         ("prime_bump_limit", 1),
@@ -69,7 +69,14 @@ def check_fields(config: ResonanceConfig) -> None:
     for field, none in (
         *(
             (name, "None to derive")
-            for name in ("intermediate_size", "num_modes", "num_encoder_layers", "window_size", "hop_size")
+            for name in (
+                "intermediate_size",
+                "num_modes",
+                "shortest_context",
+                "num_encoder_layers",
+                "window_size",
+                "hop_size",
+            )
         ),
         *((name, "None for a group a head") for name in ("num_groups", "key_groups")),
     ):
@@ -138,6 +145,7 @@ def check_fields(config: ResonanceConfig) -> None:
         ("label_smoothing", 0, 1, "in [0, 1)"),
         ("z_loss_weight", 0, math.inf, "≥ 0"),
         ("mode_noise", 0, math.inf, "≥ 0"),
+        ("initial_recall", 0, math.inf, "≥ 0"),
         ("entropy_weight", 0, math.inf, "≥ 0"),
         ("norm_eps", 1e-30, 1, "in (0, 1)"),
         ("initializer_range", 1e-30, math.inf, "> 0"),

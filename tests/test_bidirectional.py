@@ -34,8 +34,8 @@ def lively(name: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> M
     mixer = make_mixer(name, dtype, **overrides)
     with torch.no_grad():
         for p in mixer.parameters():
-            if p.dim() > 1 and not p.any():
-                p.normal_(0, 0.2)
+            if p.dim() > 1:
+                p.copy_(torch.where(p == 0, 0.2 * torch.randn_like(p), p))
     return mixer
 
 

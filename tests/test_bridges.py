@@ -72,6 +72,7 @@ def accuracy_of_reversing(bridge: str, steps: int) -> float:
         num_encoder_layers=1,
         initial_context=16,
         bridge=bridge,
+        mixers=("spectral_gate",),
         bos_token_id=0,
     )
     model: Any = ResonanceForConditionalGeneration(config).train()

@@ -24,6 +24,7 @@ def test_training_step(mixer: str, length: int, autocast: bool):
     torch.manual_seed(0)
     torch._dynamo.reset()
     config = ResonanceConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, num_heads=2, mixers=(mixer,))
+    config.initial_recall = 0.0  # from random maps all gradients are above bfloat16's rounding
     model, ids = ResonanceForCausalLM(config).train(), torch.randint(61, (2, length))
     traced = torch.compile(model, backend="aot_eager")
 

@@ -15,6 +15,7 @@ from resonance_nn import ResonanceConfig
 from resonance_nn.mixers import HolographicMixer
 from resonance_nn.mixers.holographic import MIN_LOG_DECAY
 from resonance_nn.ops.delta_rule import delta_rule_chunked
+from resonance_nn.ops.elementwise import silu_gate
 from resonance_nn.ops.polygon import polygon_transition
 
 OPTIONS = [
@@ -123,7 +124,8 @@ def definition(m: HolographicMixer, x: Tensor) -> Tensor:
         outputs.append((q[:, t][..., None] * S).sum(2))
     y = torch.cat((of_turning, torch.stack(outputs, 1)), dim=2)
     y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + m.norm.eps) * p["norm.weight"]
-    return (y.flatten(2) * F.silu(z)) @ p["out_proj.weight"].T
+    gate = F.silu(z) if m.output_gate is silu_gate else 2 * z.sigmoid()
+    return (y.flatten(2) * gate) @ p["out_proj.weight"].T
 
 
 @pytest.mark.parametrize("overrides", OPTIONS)
@@ -219,3 +221,19 @@ def test_a_shut_gate_leaves_the_memory_as_it_is(gates: str):
         assert torch.equal(step["memory"], before["memory"])
     else:
         assert change > 0.01
+
+
+def test_it_begins_by_recalling_what_followed():
+    """Of 24 tokens with orthonormal embeddings, all seen once, each that comes again brings to mind the one after it;
+    from random maps none does but by chance."""
+    tokens = torch.linalg.qr(torch.randn(64, 64, dtype=torch.float64))[0][:24] * 8
+    order = torch.cat((torch.arange(24), torch.randperm(23)))
+    found = {}
+    for recall in (0.0, 1.0):
+        config = ResonanceConfig(hidden_size=64, mixers=("holographic",), initial_recall=recall)
+        mixer = HolographicMixer(config).double()
+        with torch.no_grad():
+            scores = mixer(tokens[order][None])[0][0, 24:] @ tokens.T
+        found[recall] = (scores.argmax(-1) == order[24:] + 1).double().mean()
+    assert found[1.0] > 0.9
+    assert found[0.0] < 0.3

@@ -63,7 +63,7 @@ def edit_config(folder: Path, **fields) -> None:
 def test_loads_what_was_saved(saved):
     model, tokenizer = load_model(str(saved))
     assert not model.training
-    assert model.config.mixers == ("spectral_gate",)
+    assert model.config.mixers == ("holographic",)
     assert len(tokenizer) <= VOCAB_SIZE
     ids = torch.tensor([[1, 2, 3]])
     torch.manual_seed(0)
@@ -75,7 +75,7 @@ def test_loads_what_was_saved(saved):
 def test_bundled_name(saved, monkeypatch):
     monkeypatch.setattr(bundled, "CHECKPOINTS", saved.parent)
     assert resolve_model("tiny-model") == str(saved)
-    assert ResonanceForCausalLM.from_pretrained("tiny-model").config.mixers == ("spectral_gate",)
+    assert ResonanceForCausalLM.from_pretrained("tiny-model").config.mixers == ("holographic",)
 
 
 def test_mistyped_names(saved):
@@ -158,7 +158,7 @@ def test_unfinished_run(saved, tmp_path, caplog):
     (tmp_path / "checkpoint-100" / "model.safetensors").unlink()  # killed while it was written
     edit_config(tmp_path / "checkpoint-9", mixers=["attention"])
     model, _ = load_model(str(tmp_path))
-    assert model.config.mixers == ("spectral_gate",)
+    assert model.config.mixers == ("holographic",)
     assert "taking checkpoint-10" in caplog.text
     for step in (9, 10):
         shutil.rmtree(tmp_path / f"checkpoint-{step}")

@@ -16,6 +16,7 @@ from resonance_nn.ops import (
     semiseparable_chunked,
     short_conv,
     short_conv_reference,
+    sigmoid_gate,
     silu_gate,
     squared_relu,
     swiglu,
@@ -126,6 +127,8 @@ def test_unit(dtype: torch.dtype):
 def test_gates(dtype: torch.dtype):
     x, gate = torch.randn(2, 3, 5, dtype=dtype), torch.randn(2, 3, 9, dtype=dtype)[..., 4:]
     check(with_gradients(silu_gate, x, gate), with_gradients(lambda x, g: x * F.silu(g), x, gate), TOLERANCE[dtype])
+    expected = with_gradients(lambda x, g: 2 * x * g.sigmoid(), x, gate)
+    check(with_gradients(sigmoid_gate, x, gate), expected, TOLERANCE[dtype])
     both = torch.randn(2, 3, 10, dtype=dtype)
     expected = with_gradients(lambda x: F.silu(x[..., :5]) * x[..., 5:], both)
     check(with_gradients(swiglu, both), expected, TOLERANCE[dtype])

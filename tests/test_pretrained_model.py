@@ -103,10 +103,16 @@ def test_recipes(recipe: str):
 
 def test_config_derives_from_the_overridden_width():
     config = ResonanceConfig.from_size("tiny", hidden_size=512)
-    assert (config.num_heads, config.intermediate_size, config.num_modes) == (8, 2048, 32)
+    assert (config.num_heads, config.intermediate_size, config.num_modes) == (2, 2048, 64)
+    assert config.shortest_context == 128
+    spectral = ResonanceConfig.from_size("tiny", recipe="spectral", hidden_size=512)
+    assert (spectral.num_heads, spectral.num_modes, spectral.shortest_context) == (8, 32, 4)
+    both = ResonanceConfig(hidden_size=512, mixers=("spectral_gate", "holographic"))
+    assert (both.num_heads, both.num_modes, both.shortest_context) == (8, 32, 4)
+    assert ResonanceConfig(hidden_size=512, rotation="token").num_heads == 8  # half of the heads turn
     assert ResonanceConfig.from_size("tiny", hidden_size=512, mlp="swiglu").intermediate_size == 1408
     assert ResonanceConfig(num_attention_heads=6).num_heads == 6
-    assert config.num_attention_heads == 8
+    assert config.num_attention_heads == 2
     assert "attention" not in ResonanceConfig().mixers
 
 
@@ -222,6 +228,19 @@ def test_configurations_of_format_1_keep_their_meaning(mixer: str, rotation: str
     ids = torch.randint(0, 61, (1, 9))
     assert torch.equal(loaded(ids).logits, model(ids).logits)
     assert (loaded.config.format_version, loaded.config.rotation) == (FORMAT_VERSION, rotation)
+
+
+def test_gates_of_format_3_are_silu(tmp_path):
+    config = small_config(("holographic",), output_gate="silu", initial_recall=0.0, shortest_context=4)
+    model = ResonanceForCausalLM(config).eval()
+    model.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "config.json").read_text())
+    old = {k: v for k, v in saved.items() if k not in ("output_gate", "initial_recall", "shortest_context")}
+    (tmp_path / "config.json").write_text(json.dumps(old | {"format_version": 3}))
+    loaded = ResonanceForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(0, 61, (1, 9))
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.config.shortest_context == 4
 
 
 def test_keys_of_format_2_are_a_heads_own(tmp_path):

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from resonance_nn.bench.models import ModelOptions, build_alone
 from resonance_nn.bench.peers import PEER
-from resonance_nn.config import ResonanceConfig
+from resonance_nn.config import ResonanceConfig, usual_heads
 from resonance_nn.models import ResonanceForCausalLM
 
 
@@ -92,7 +92,7 @@ class Contestant:
         modes, rest = divmod(shape.state_size, 2 * expand)
         if modes < 1 or rest:
             raise ValueError(f"state_size = {shape.state_size}: must be a multiple of {2 * expand}")
-        heads = shape.num_heads or ResonanceConfig(hidden_size=shape.hidden_size).num_heads
+        heads = shape.num_heads or usual_heads(shape.hidden_size)
         return ResonanceConfig(
             vocab_size=shape.vocab_size,
             hidden_size=shape.hidden_size,
@@ -139,6 +139,8 @@ MAMBA2 = {
 HOLOGRAPHIC: dict[str, Any] = {
     "mixers": ("holographic",),
     "key_groups": None,
+    "output_gate": "silu",
+    "initial_recall": 0.0,
     "erase": "delta",
     "decay": "head",
     "rotation": "none",

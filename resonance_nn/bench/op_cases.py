@@ -35,6 +35,7 @@ from resonance_nn.ops import (
     semiseparable_step,
     short_conv,
     short_conv_reference,
+    sigmoid_gate,
     silu_gate,
     squared_relu,
     swiglu,
@@ -255,6 +256,13 @@ CASES = (
         unit,
         lambda x: x / (x.square().sum(-1, keepdim=True) + 1e-12).sqrt(),
         elementwise(2, 3, lambda s: s.width),
+    ),
+    Case(
+        "sigmoid_gate",
+        lambda s: {"x": hidden(s), "gate": hidden(s)},
+        sigmoid_gate,
+        lambda x, gate: 2 * x * gate.sigmoid(),
+        elementwise(3, 5, lambda s: s.width),
     ),
     Case(
         "silu_gate",

@@ -26,7 +26,7 @@ from transformers import (
     RwkvForCausalLM,
 )
 
-from resonance_nn.config import ResonanceConfig
+from resonance_nn.config import ResonanceConfig, usual_heads
 
 TOLERANCE = 0.02
 STEP = 8  # the chosen size is a multiple of it
@@ -55,7 +55,7 @@ class Peer:
 def _llama(shape: Shape, ours: ResonanceConfig, layers: int, size: int, max_length: int) -> PreTrainedModel:
     fields: dict[str, Any] = {
         "num_hidden_layers": layers,
-        "num_attention_heads": _heads(ours),
+        "num_attention_heads": usual_heads(ours.hidden_size),
         "intermediate_size": size,
         "max_position_embeddings": max_length,
         "attn_implementation": "sdpa",
@@ -64,7 +64,7 @@ def _llama(shape: Shape, ours: ResonanceConfig, layers: int, size: int, max_leng
 
 
 def _mamba2(shape: Shape, ours: ResonanceConfig, layers: int, size: int, max_length: int) -> PreTrainedModel:
-    heads = _heads(ours)
+    heads = usual_heads(ours.hidden_size)
     config = Mamba2Config(
         **shape,
         num_hidden_layers=layers,
@@ -97,7 +97,7 @@ def _rwkv(shape: Shape, ours: ResonanceConfig, layers: int, size: int, max_lengt
 
 
 def _gated_delta(shape: Shape, ours: ResonanceConfig, layers: int, size: int, max_length: int) -> PreTrainedModel:
-    heads = _heads(ours)
+    heads = usual_heads(ours.hidden_size)
     head_size = ours.hidden_size // heads
     config = Qwen3NextConfig(
         **shape,
@@ -170,9 +170,3 @@ def check_peers(names: Sequence[str]) -> None:
 def count(model: nn.Module) -> int:
     """Parameters, shared ones once."""
     return sum(p.numel() for p in model.parameters())
-
-
-def _heads(ours: ResonanceConfig) -> int:
-    """As many as ours, or those of its default where ours has a wider inner space."""
-    heads = ours.num_heads
-    return heads if ours.hidden_size % heads == 0 else ResonanceConfig(hidden_size=ours.hidden_size).num_heads

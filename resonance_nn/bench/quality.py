@@ -9,6 +9,7 @@ First every model is trained with every rate at the first length and seed, then 
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -38,10 +39,11 @@ from resonance_nn.models import ResonanceForCausalLM
 DEFAULT = "default"
 LOSS = "held-out loss, nats a token"
 WARMUP = 0.05  # of the steps
+AS_PUBLISHED = {"mixers": ("holographic",), "key_groups": None, "output_gate": "silu", "initial_recall": 0.0}
 OURS: dict[str, dict[str, Any]] = {  # fields of ours; the MLP's width makes parameters equal to the default's
     **RECIPES,
-    "complex_ssd": {"rotation": "step", "trapezoidal": True, "activate_values": True},
-    "erase_write": {"mixers": ("holographic",), "key_groups": None, "decay": "channel", "erase": "gated"},
+    "complex_ssd": {"mixers": ("spectral_gate",), "rotation": "step", "trapezoidal": True, "activate_values": True},
+    "erase_write": {**AS_PUBLISHED, "decay": "channel", "erase": "gated"},
 }
 NOTES = {
     "mamba2": "its scan computed by our operator, equal to transformers' in tests/test_mamba2.py",
@@ -167,10 +169,15 @@ def build(options: QualityOptions, case: Case) -> PreTrainedModel:
     """The model of a run, from the global seed."""
     if case.model in OURS:
         return ResonanceForCausalLM(options.config(case.model))
+    return accelerate(_peer(options, case))
+
+
+def _peer(options: QualityOptions, case: Case, device: str = "cpu") -> PreTrainedModel:
+    """A model of transformers' with as many parameters as our default."""
     reference = options.config(DEFAULT)
     with torch.device("meta"):
         parameters = count(ResonanceForCausalLM(reference))
-    return accelerate(build_peer(case.model, reference, parameters, case.length)[0])
+    return build_peer(case.model, reference, parameters, case.length, device)[0]
 
 
 def run(
@@ -263,14 +270,12 @@ def final_loss(outcome: Mapping[str, Any]) -> float:
 
 
 def _settings(options: QualityOptions, case: Case) -> dict[str, Any]:
-    """What a run depends on beside its plan. A peer's shape follows from the default's."""
-    config = options.config(case.model if case.model in OURS else DEFAULT)
-    return {
-        "data": list(options.data),
-        "length": case.length,
-        "model": case.model,
-        "config": fields_of(config),
-    }
+    """What a run depends on beside its plan."""
+    made: dict[str, Any] = {"data": list(options.data), "length": case.length, "model": case.model}
+    if case.model in OURS:
+        return {**made, "config": fields_of(options.config(case.model))}
+    peer = json.dumps(_peer(options, case, "meta").config.to_diff_dict())
+    return {**made, "peer": json.loads(peer, parse_constant=str)}  # Mamba-2's time steps are bounded by infinity
 
 
 def _kept(outcome: Mapping[str, Any]) -> dict[str, Any]:

@@ -147,7 +147,8 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
         made["plan"] = {**asdict(Plan()), **settings["plan"]}
     if "config" in settings:
         known = {name: value for name, value in settings["config"].items() if name in ResonanceConfig.own_fields()}
-        made["config"] = {**json.loads(json.dumps(fields_of(ResonanceConfig(**known)))), **settings["config"]}
+        upgraded = fields_of(ResonanceConfig.from_dict(known))
+        made["config"] = {**settings["config"], **json.loads(json.dumps(upgraded))}
     return made
 
 

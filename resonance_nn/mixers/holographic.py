@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from resonance_nn.layers import RMSNorm, ShortConv
 from resonance_nn.mixers.base import Mixer, State, decay_rates, inverse_softplus, real_tokens
 from resonance_nn.ops.delta_rule import delta_rule_chunked, delta_rule_step
-from resonance_nn.ops.elementwise import silu_gate, unit
+from resonance_nn.ops.elementwise import sigmoid_gate, silu_gate, unit
 from resonance_nn.ops.polygon import polygon_transition
 from resonance_nn.ops.precision import wide_dtype, wide_linear
 from resonance_nn.ops.semiseparable import to_heads
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 MIN_LOG_DECAY = -5.0  # of a channel's decay: a token keeps at least e^−5
 UNIT_EPS = 1e-6  # added to |q|² and |k|²
+KEY_TAP, VALUE_TAP = 0.25, 0.1  # of the convolution at first: silu is all but linear on what comes
 STRETCH = 0.1  # of "hard" gates, below 0 and above 1
 
 FLA_OPTIONS = {  # that fla's kernels have
@@ -39,7 +40,7 @@ class HolographicMixer(Mixer):
         δ_t     = softplus(W_δ x + bias)        α_t = exp(−a δ_t), a = softplus(·) one a head
         β_t     = max_beta · g(W_β x)                   g = σ, or with gates "hard" clamp(1.2σ − 0.1, 0, 1)
         S_t     = (I − β_t k_t k_t^T) α_t S_{t−1} + β_t k_t v_t^T
-        y       = W_o( RMSNorm(S_t^T q_t) ∘ silu(W_z x) )               a norm a head, one weight for all
+        y       = W_o( RMSNorm(S_t^T q_t) ∘ 2σ(W_z x) )                 a norm a head, one weight for all
 
     Options (``config.erase``, ``decay``, ``rotation``), one operator:
 
@@ -48,6 +49,7 @@ class HolographicMixer(Mixer):
         erase "none"       Hebbian: β_t k_t v_t^T is added
         decay "channel"    D_t = diag(α_t), one factor a key channel (a mode with "step" or "hermitian"), in (e^−5, 1)
         decay "none"       nothing is forgotten but by erasing
+        output_gate "silu" silu(W_z x) in place of 2σ(W_z x)
         rotation "step"    D_t turns mode n by δ_t ω_n
         rotation "token"   the first half of the heads turn, the others are as above:
                            S_t = λ_t ∘ S_{t−1} + (1 − |λ_t|²) ∘ k_t v_t^T, with λ of the token's own a mode, the point
@@ -72,6 +74,8 @@ class HolographicMixer(Mixer):
         super().__init__(config, layer_idx)
         D, H, N, P = config.hidden_size, config.num_heads, config.num_modes, self.head_dim
         self.num_modes, self.initializer_range = N, config.initializer_range
+        self.initial_recall = config.initial_recall if config.rotation == "none" else 0.0
+        self.output_gate = sigmoid_gate if config.output_gate == "sigmoid" else silu_gate
         self.shortest, self.longest = config.shortest_context, config.initial_context
         self.chunk_size, self.backend = min(config.chunk_size, 64), config.backend
         self.erase, self.decay, self.max_beta = config.erase, config.decay, config.max_beta
@@ -124,9 +128,16 @@ class HolographicMixer(Mixer):
         the longest; ω_n = 2π/context · n/N, at most a turn in the longest context, as a key must still meet itself
         where it is asked for; |z| about 0.3, well inside of the polygons, where the loss can move λ anywhere. The short
         convolution begins as small as the linear maps: keys are normalised after it, and learn the faster what of the
-        last tokens they are made of (docs/experiments.md, 11)."""
+        last tokens they are made of (docs/experiments.md, 11).
+
+        With ``initial_recall`` r > 0 and keys that do not turn the layer begins as an induction head (Olsson et al.
+        2022): q is of this token, k by the same map of the one before, v of this one, by orthogonal maps, and
+        W_o = r W_v^T, so that y points to what followed the last tokens that were like this one. From random maps that
+        is learned late and all at once, if at all (docs/experiments.md, 13)."""
         H, N = self.gated_heads, self.num_modes
         values = {"conv.weight": torch.randn(self.conv.weight.shape) * self.initializer_range}
+        if self.initial_recall:
+            values |= self._induction_head(values["conv.weight"])
         if self.steps:
             values["step_bias"] = inverse_softplus(torch.ones(H, dtype=torch.float64))
         if self.decay == "head":
@@ -140,6 +151,21 @@ class HolographicMixer(Mixer):
         elif self.rotation == "token":
             values["roots"] = torch.randn(self.roots.shape) * 0.2 * self.hidden_size**-0.5
         return values
+
+    def _induction_head(self, taps: Tensor) -> dict[str, Tensor]:
+        """Initial maps and convolution; ``taps`` (W, channels) are of values, and random."""
+        K, D = self.sizes[0] // 2 - self.hidden_size // 2, self.hidden_size  # K: reals of all keys
+        keys, values = (nn.init.orthogonal_(torch.empty(rows, D), self.initializer_range * D**0.5) for rows in (K, D))
+        gates = torch.randn(D, D) * self.initializer_range
+        taps[:, : 2 * K] = 0
+        taps[0, :K] = KEY_TAP
+        taps[min(1, len(taps) - 1), K : 2 * K] = KEY_TAP
+        taps[0, 2 * K :] += VALUE_TAP
+        return {
+            "in_proj.weight": torch.cat((keys, keys, values, gates)),
+            "conv.weight": taps,
+            "out_proj.weight": self.initial_recall * values.T,
+        }
 
     def mix(
         self,
@@ -171,7 +197,7 @@ class HolographicMixer(Mixer):
             y1, S1 = self._recall(x, q1, k1, v1, S1, reset, length)
             y, S = torch.cat((y0, y1), dim=2), torch.cat((S0, S1), dim=1)
         y = self.norm(y.to(x.dtype)).reshape(B, L, D)
-        y = self.out_proj(silu_gate(y, z))
+        y = self.out_proj(self.output_gate(y, z))
         return y, {"conv": tail, "memory": S} if return_state else None
 
     def _recall(

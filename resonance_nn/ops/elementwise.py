@@ -142,6 +142,31 @@ class _SiluGate(torch.autograd.Function):
         return F.silu(gate).mul_(grad), torch.ops.aten.silu_backward(grad * x, gate)
 
 
+def sigmoid_gate(x: Tensor, gate: Tensor) -> Tensor:
+    """x ∘ 2σ(gate), x itself at 0, of tensors of one shape; in the gate's dtype."""
+    if not torch.is_grad_enabled():
+        return gate.sigmoid().mul_(x).mul_(2)
+    result = _SigmoidGate.apply(x.to(gate.dtype), gate)
+    assert isinstance(result, Tensor)
+    return result
+
+
+class _SigmoidGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
+        opened = gate.sigmoid()
+        ctx.save_for_backward(x, opened)
+        return (opened * x).mul_(2)
+
+    @staticmethod
+    @once_differentiable
+    @without_autocast
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        x, opened = ctx.saved_tensors
+        grad = 2 * grad
+        return opened * grad, torch.ops.aten.sigmoid_backward(grad * x, opened)
+
+
 def swiglu(gate_up: Tensor) -> Tensor:
     """silu(gate) ∘ up of ``[gate | up]`` (…, 2I) -> (…, I) (Shazeer 2020)."""
     result = _SwiGLU.apply(gate_up)
