@@ -11,11 +11,12 @@ from typing import Any
 
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import SPECIAL_TOKENS
+from resonance_nn.data.fim import SMALLEST_WINDOW
 
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 SET_BY_THE_RUN = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
-    *("format_version", "use_cache"),
+    *("format_version", "use_cache", "fim_rate"),
 )
 OPTIMIZERS = {"muon": 6e-3, "adamw": 3e-3}  # and the rate each does well with at a width of 256
 LOGGERS = ("none", "tensorboard", "trackio", "wandb")
@@ -47,6 +48,7 @@ class TrainArguments:
     dropout: float | None = None  # None: the model's, 0 for a new one; so are the next two
     label_smoothing: float | None = None
     z_loss: float | None = None
+    fim: float = 0.0  # share of the training documents to learn to fill in the middle of; text-generation only
 
     steps: int | None = None
     epochs: float | None = None
@@ -111,6 +113,12 @@ class TrainArguments:
         for name in ("warmup", "weight_decay", "clip"):
             if not 0 <= getattr(self, name) < math.inf:
                 refuse(name, "≥ 0 and finite")
+        if not 0 <= self.fim <= 1:
+            refuse("fim", "a share of the documents, from 0 to 1; 0.5 is usual")
+        if self.fim and self.task != "text-generation":
+            raise ValueError(f"fim = {self.fim!r}: is for text-generation, not {self.task}; leave it out")
+        if self.fim and self.seq_len < SMALLEST_WINDOW:
+            refuse("seq_len", f"≥ {SMALLEST_WINDOW} with fim: a window holds what is around a middle too")
         if not 0 <= self.seed < 1 << 32:
             refuse("seed", "from 0 to 2^32 - 1")
         check_optimizer(self.optimizer)

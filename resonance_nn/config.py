@@ -23,8 +23,8 @@ RECIPES: dict[str, dict[str, Any]] = {  # named settings, each measured: docs/re
 }
 TRAINING_FIELDS = {  # without effect in evaluation
     *("dropout", "initializer_range", "initial_context", "shortest_context", "initial_step", "initial_recall"),
+    *("label_smoothing", "z_loss_weight", "entropy_weight", "mode_noise", "modality_dropout", "fim_rate"),
     "format_version",
-    *("label_smoothing", "z_loss_weight", "entropy_weight", "mode_noise", "modality_dropout"),
 }
 
 
@@ -126,6 +126,8 @@ class ResonanceConfig(PreTrainedConfig):
         tie_word_embeddings: whether the output head is the embedding.
         label_smoothing: auxiliary term of the training loss, ε in [0, 1).
         z_loss_weight: auxiliary term of the training loss, ζ · mean(lse²).
+        fim_rate: of a language model: the share of its training documents whose middle it learned to fill in
+            (``resonance_nn.data.fim``); 0 means that it cannot.
         use_cache: whether a forward pass in evaluation without labels returns a cache.
         format_version: of this file; a later version keeps old checkpoints as they were.
 
@@ -208,6 +210,7 @@ class ResonanceConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     label_smoothing: float | int = 0.0
     z_loss_weight: float | int = 0.0
+    fim_rate: float | int = 0.0
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None

@@ -147,6 +147,7 @@ def check_fields(config: ResonanceConfig) -> None:
         ("mode_noise", 0, math.inf, "≥ 0"),
         ("initial_recall", 0, math.inf, "≥ 0"),
         ("entropy_weight", 0, math.inf, "≥ 0"),
+        ("fim_rate", 0, 1 + 1e-12, "in [0, 1]"),
         ("norm_eps", 1e-30, 1, "in (0, 1)"),
         ("initializer_range", 1e-30, math.inf, "> 0"),
         ("rope_theta", 1e-30, math.inf, "> 0"),

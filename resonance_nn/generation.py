@@ -19,11 +19,13 @@ from transformers.generation.streamers import BaseStreamer
 
 from resonance_nn.cache import ResonanceCache
 from resonance_nn.config import ResonanceConfig
+from resonance_nn.data.fim import SENTINELS
 from resonance_nn.data.tokenizer import (
     IncrementalDecoder,
     decode_bytes,
     document_token_id,
     encode_bytes,
+    special_token_id,
     tokenizer_vocab_size,
 )
 from resonance_nn.models.causal_lm import ResonanceForCausalLM
@@ -91,13 +93,15 @@ class Sampling:
         end = document_token_id(tokenizer)
         ends = [end] if (turn := special_token_id(tokenizer, "<|end|>")) is None else [end, turn]
         unknown = list(range(tokenizer_vocab_size(tokenizer), model.config.vocab_size))
+        if model.config.fim_rate:  # it has seen sentinels follow text, but no text begins with them or holds them
+            unknown += [i for token in SENTINELS if (i := special_token_id(tokenizer, token)) is not None]
         config = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=self.samples,
             num_beams=self.num_beams,
             num_return_sequences=self.num_return_sequences,
             repetition_penalty=self.repetition_penalty,
-            suppress_tokens=unknown or None,  # ids the tokenizer cannot spell
+            suppress_tokens=unknown or None,  # ids that are no text
             eos_token_id=ends,
             pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         )
@@ -189,11 +193,6 @@ class StopWhen(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # type: ignore[override]
         return torch.full((input_ids.shape[0],), self._condition(), device=input_ids.device)
-
-
-def special_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
-    """The id of a special token, None if the tokenizer has no such one."""
-    return next((i for i, added in tokenizer.added_tokens_decoder.items() if added.content == token), None)
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: bytes) -> list[int]:

@@ -32,9 +32,10 @@ COMMON_TIMING = "--repeats --floor --no-floor --compile --allocator --max-second
 FLAGS = {
     "": "--version",
     "train": "--data --output-dir --task --eval-data --text-field --binary --size --recipe --mixers --vocab-size "
-    "--tokenizer --init --set --dropout --label-smoothing --z-loss --steps --epochs --tokens --seq-len --batch-size "
-    "--accumulate --lr --warmup --optimizer --weight-decay --clip --augment --precision --gradient-checkpointing "
-    "--compile --seed --device --save-every --keep --eval-every --log-to --resume --overwrite --json",
+    "--tokenizer --init --set --dropout --label-smoothing --z-loss --fim --steps --epochs --tokens --seq-len "
+    "--batch-size --accumulate --lr --warmup --optimizer --weight-decay --clip --augment --precision "
+    "--gradient-checkpointing --compile --seed --device --save-every --keep --eval-every --log-to --resume "
+    "--overwrite --json",
     "eval": "--data --pairs --window --batch-size --precision --device --text-field --binary --held-out --lzma "
     "--no-lzma --json",
     "generate": f"--prompt --prompt-file --batch --max-new-tokens --stop {COMMON_SAMPLING} --num-beams "

@@ -17,7 +17,7 @@ from resonance_nn.models import ResonanceForCausalLM
 
 NOT_OVERRIDDEN = {  # options of their own, or what all models share
     *("vocab_size", "hidden_size", "num_hidden_layers", "mixers"),
-    *("tie_word_embeddings", "use_cache", "format_version"),
+    *("tie_word_embeddings", "use_cache", "format_version", "fim_rate"),
 }
 
 

@@ -56,6 +56,14 @@ def train(
     dropout: Annotated[float | None, typer.Option(help="In [0, 1).", rich_help_panel=MODEL)] = None,
     label_smoothing: Annotated[float | None, typer.Option(help="In [0, 1).", rich_help_panel=MODEL)] = None,
     z_loss: Annotated[float | None, typer.Option(help="Weight of mean(lse²).", rich_help_panel=MODEL)] = None,
+    fim: Annotated[
+        float,
+        typer.Option(
+            metavar="RATE",
+            help="Share of the documents to learn to fill in the middle of (--infill); 0.5 is usual.",
+            rich_help_panel=BUDGET,
+        ),
+    ] = 0.0,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=BUDGET)] = None,
     epochs: Annotated[
         float | None, typer.Option(help="Passes over the data. Default: 1.", rich_help_panel=BUDGET)
@@ -144,6 +152,7 @@ def train(
         dropout=dropout,
         label_smoothing=label_smoothing,
         z_loss=z_loss,
+        fim=fim,
         steps=steps,
         epochs=epochs,
         tokens=tokens,

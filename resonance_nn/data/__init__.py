@@ -9,6 +9,7 @@ from resonance_nn.data.documents import (
     read_texts,
     split_documents,
 )
+from resonance_nn.data.fim import FillInTheMiddle
 from resonance_nn.data.text import PackedDataset, TokenStore
 from resonance_nn.data.tokenizer import (
     SPECIAL_TOKENS,
@@ -29,6 +30,7 @@ __all__ = [
     "DataError",
     "Document",
     "Documents",
+    "FillInTheMiddle",
     "IncrementalDecoder",
     "PackedDataset",
     "TokenStore",

@@ -1,6 +1,7 @@
 """Documents -> a file of token ids -> windows to train on.
 
 documents --encode_bytes--> tokens.bin: [<|endoftext|>] text [<|endoftext|>], one after the other   (memory-mapped)
+                            a share of them in parts, each with its middle last, see fim.py
 window i = tokens[i·L : (i+1)·L],  reset = True at each <|endoftext|> that begins a document
 
 The same token begins a document and ends it: from the one the text's first token is predicted, the other is predicted
@@ -32,7 +33,9 @@ from resonance_nn.data.documents import (
     read_texts,
     split_documents,
 )
+from resonance_nn.data.fim import FillInTheMiddle
 from resonance_nn.data.tokenizer import (
+    PIECE_BYTES,
     cut_pieces,
     document_token_id,
     encode_pieces,
@@ -62,7 +65,7 @@ class TokenStore:
     def __init__(self, folder: Path, meta: dict, tokens: np.ndarray, offsets: np.ndarray) -> None:
         self.folder = folder
         self.tokens = tokens  # (num_tokens,) uint16 or uint32
-        self.offsets = offsets  # (num_documents + 1,) int64: where each document begins, and the end
+        self.offsets = offsets  # (num_documents + 1,) int64: where each document, or part of one, begins, and the end
         self.vocab_size: int = meta["vocab_size"]
         self.num_bytes: int = meta["num_bytes"]  # of text; the token before each document stands for none
         self.fingerprint: str = meta["fingerprint"]
@@ -111,16 +114,17 @@ class TokenStore:
         tokenizer: PreTrainedTokenizerBase,
         folder: str | os.PathLike[str],
         *,
+        fim: FillInTheMiddle | None = None,
         progress: bool = True,
     ) -> "TokenStore":
-        """Encodes `documents` into `folder`, or opens what is there if it was built from the same.
+        """Encodes `documents` into `folder`, some rearranged as `fim` says, or opens what was built from the same.
 
-        The same: names, sizes, modification times and parts of the documents, and the tokenizer. Memory is bounded.
+        The same: names, sizes, modification times and parts of the documents, the tokenizer, `fim`. Memory is bounded.
         The store appears under its name only when whole; of several processes one builds and the others wait.
         Raises DataError if a document cannot be read, the disk is full, or `folder` holds anything else.
         """
         folder = Path(folder)
-        fingerprint = documents_fingerprint(documents, tokenizer)
+        fingerprint = documents_fingerprint(documents, tokenizer, fim)
         if store := cls._matching(folder, fingerprint):
             return store
         if folder.exists() and (not folder.is_dir() or {entry.name for entry in folder.iterdir()} - STORE_FILES):
@@ -134,7 +138,7 @@ class TokenStore:
                 shutil.rmtree(temporary, ignore_errors=True)  # a killed build's
                 temporary.mkdir()
                 try:
-                    _write(documents, tokenizer, temporary, fingerprint, progress)
+                    _write(documents, tokenizer, temporary, fingerprint, fim, progress)
                     if folder.exists():
                         shutil.rmtree(folder)
                     temporary.rename(folder)
@@ -186,18 +190,24 @@ class PackedDataset(Dataset[dict[str, torch.Tensor]]):
 
 
 def _write(
-    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, folder: Path, fingerprint: str, progress: bool
+    documents: Sequence[Document],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    fingerprint: str,
+    fim: FillInTheMiddle | None,
+    progress: bool,
 ) -> None:
     """Streams the documents' ids to the three files."""
     vocab_size = tokenizer_vocab_size(tokenizer)
     dtype = np.dtype(np.uint16 if vocab_size <= 1 << 16 else np.uint32)
-    boundary = np.array([document_token_id(tokenizer)], dtype).tobytes()
-    sources: deque[tuple[bool, int]] = deque()  # of each piece read ahead: does it begin a document? its bytes
+    boundary = [document_token_id(tokenizer)]
+    sources: deque[tuple[int, int, int]] = deque()  # of each piece read ahead: its document, number in it, and bytes
 
     def pieces() -> Iterator[bytes]:
-        for document in documents:
-            for k, piece in enumerate(cut_pieces(document.chunks())):
-                sources.append((k == 0, len(piece)))
+        for i, document in enumerate(documents):
+            limit = PIECE_BYTES if fim is None else max(PIECE_BYTES, 8 * fim.window)  # more text than a window holds
+            for k, piece in enumerate(cut_pieces(document.chunks(), limit)):
+                sources.append((i, k, len(piece)))
                 yield piece
 
     total = sum(document.size for document in documents)
@@ -205,17 +215,31 @@ def _write(
     num_tokens = num_bytes = 0
     offsets: list[int] = []
     with bar, open(folder / "tokens.bin", "wb") as out:
-        for ids in encode_pieces(tokenizer, pieces()):
-            first, size = sources.popleft()
-            if first:
-                if offsets:
-                    num_tokens += out.write(boundary) // dtype.itemsize
-                offsets.append(num_tokens)
-                num_tokens += out.write(boundary) // dtype.itemsize
+
+        def append(ids: Sequence[int]) -> None:
+            nonlocal num_tokens
             num_tokens += out.write(np.array(ids, dtype).tobytes()) // dtype.itemsize
+
+        is_open = False  # a document without the token that ends it
+        for ids in encode_pieces(tokenizer, pieces()):
+            i, k, size = sources.popleft()
+            if k == 0 and is_open:
+                append(boundary)
+                is_open = False
+            if fim is not None and fim.changes(i):
+                for part in fim.parts(tokenizer, ids, num_tokens % fim.window, i, k):
+                    offsets.append(num_tokens)
+                    append(part)
+            else:
+                if k == 0:
+                    offsets.append(num_tokens)
+                    append(boundary)
+                    is_open = True
+                append(ids)
             num_bytes += size
             bar.update(size)
-        num_tokens += out.write(boundary) // dtype.itemsize
+        if is_open:
+            append(boundary)
     if not offsets:
         raise DataError("there is no text to encode")
     np.save(folder / "documents.npy", np.array([*offsets, num_tokens], np.int64))
@@ -231,9 +255,13 @@ def _write(
     (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
 
 
-def documents_fingerprint(documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of what decides the tokens: each document's name, part, time and field, and the tokenizer."""
+def documents_fingerprint(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, fim: FillInTheMiddle | None = None
+) -> str:
+    """A hash of what decides the tokens: each document's name, part, time and field, the tokenizer, and ``fim``."""
     digest = hashlib.sha256(f"{FORMAT_VERSION} {tokenizer_fingerprint(tokenizer)}".encode())
     for d in documents:
         digest.update(repr((os.path.abspath(d.path), d.start, d.stop, d.modified, d.line, d.field, d.binary)).encode())
+    if fim is not None:
+        digest.update(repr(fim).encode())
     return digest.hexdigest()

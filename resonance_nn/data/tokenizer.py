@@ -189,6 +189,11 @@ def document_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     raise ValueError("the tokenizer has neither a bos nor an eos token; set tokenizer.bos_token to mark documents")
 
 
+def special_token_id(tokenizer: PreTrainedTokenizerBase, token: str) -> int | None:
+    """The id of a special token, None if the tokenizer has no such one."""
+    return next((i for i, added in tokenizer.added_tokens_decoder.items() if added.content == token), None)
+
+
 def tokenizer_vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
     """The smallest `vocab_size` of a model that takes every id of this tokenizer."""
     return _byte_codec(tokenizer).vocab_size

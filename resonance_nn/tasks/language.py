@@ -16,6 +16,7 @@ from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import (
     Document,
     Documents,
+    FillInTheMiddle,
     PackedDataset,
     TokenStore,
     document_token_id,
@@ -25,6 +26,7 @@ from resonance_nn.data import (
     tokenizer_vocab_size,
     train_tokenizer,
 )
+from resonance_nn.data.fim import Sentinels
 from resonance_nn.data.text import documents_fingerprint
 from resonance_nn.loading import load_config, load_tokenizer, load_weights, resolve_model
 from resonance_nn.models import ResonanceForCausalLM
@@ -49,11 +51,15 @@ class LanguageModelling(Task):
             config = a.changed(load_config(a.init))
             load_weights(a.init, self.architecture, config)  # that they can be is checked before anything is written
             self.tokenizer = load_tokenizer(resolve_model(a.init))
-            return config
-        self.tokenizer = load_tokenizer(a.tokenizer) if a.tokenizer else None
-        config = a.model_config(self.fields)
-        with torch.device("meta"):
-            self.build(config)  # the shape alone: checks every field
+        else:
+            self.tokenizer = load_tokenizer(a.tokenizer) if a.tokenizer else None
+            config = a.model_config(self.fields)
+            with torch.device("meta"):
+                self.build(config)  # the shape alone: checks every field
+        if a.fim:
+            config.fim_rate = a.fim
+            if self.tokenizer is not None:
+                Sentinels.of(self.tokenizer)
         return config
 
     def read(self) -> Sequence[list[Document]]:
@@ -78,16 +84,21 @@ class LanguageModelling(Task):
         with write_errors(folder):
             tokenizer.save_pretrained(folder / "tokenizer")
         stores = [
-            TokenStore.build(part, tokenizer, folder / name, progress=a.progress)
-            for part, name in zip(examples, ("train", "eval"), strict=True)
+            TokenStore.build(part, tokenizer, folder / name, fim=fim, progress=a.progress)
+            for part, name, fim in zip(examples, ("train", "eval"), self._fim(), strict=True)
         ]
         _windows(stores, a.seq_len)
         return {name: store.fingerprint for store, name in zip(stores, ("train", "eval"), strict=True)}
 
     def fingerprints(self, examples: Sequence[list[Document]], folder: Path) -> dict[str, str]:
         tokenizer = load_tokenizer(folder / "tokenizer")
-        parts = zip(("train", "eval"), examples, strict=True)
-        return {name: documents_fingerprint(part, tokenizer) for name, part in parts}
+        parts = zip(("train", "eval"), examples, self._fim(), strict=True)
+        return {name: documents_fingerprint(part, tokenizer, fim) for name, part, fim in parts}
+
+    def _fim(self) -> tuple[FillInTheMiddle | None, None]:
+        """Of the documents to train on; those held out stay as they are, so that losses can be compared."""
+        a = self.arguments
+        return (FillInTheMiddle(a.fim, a.seq_len, a.seed) if a.fim else None), None
 
     def learning(self, examples: Any, folder: Path) -> Learning:
         a = self.arguments
