@@ -3,6 +3,7 @@
 from resonance_nn.cache import ResonanceCache
 from resonance_nn.config import RECIPES, SIZES, ResonanceConfig
 from resonance_nn.image_processor import ResonanceImageProcessor
+from resonance_nn.infilling import infill
 from resonance_nn.mixers import MIXERS
 from resonance_nn.models import (
     ResonanceForAudioClassification,
@@ -43,6 +44,7 @@ __all__ = [
     "ResonanceForTokenClassification",
     "ResonanceImageProcessor",
     "ResonanceModel",
+    "infill",
     "load_mamba2_layer",
     "mamba2_config",
     "pack_weights",

@@ -173,6 +173,14 @@ def _rows_nats(model: ResonanceForCausalLM, rows: list[Tensor], window: int) -> 
     return nats
 
 
+def wilson(hits: int, trials: int) -> tuple[float, float]:
+    """The 95% interval of a share (Wilson 1927), which is never empty, not even at 0 and 1."""
+    z, share = 1.959964, hits / trials
+    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
+    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
 def resolve_device(device: str) -> str:
     """The device type meant by "auto", "cpu", "cuda", "mps" or "xpu".
 

@@ -37,8 +37,9 @@ FLAGS = {
     "--gradient-checkpointing --compile --seed --device --save-every --keep --eval-every --log-to --resume "
     "--overwrite --json",
     "eval": "--data --pairs --window --batch-size --precision --device --text-field --binary --held-out --lzma "
-    "--no-lzma --json",
-    "generate": f"--prompt --prompt-file --batch --max-new-tokens --stop {COMMON_SAMPLING} --num-beams "
+    "--no-lzma --infill --infill-order --seed --json",
+    "generate": f"--prompt --prompt-file --batch --infill --marker --middle-only --infill-order "
+    f"--max-new-tokens --stop {COMMON_SAMPLING} --num-beams "
     "--num-return-sequences --save-state --load-state --stream --no-stream --precision --device --json",
     "chat": f"--system --max-new-tokens {COMMON_SAMPLING} --precision --device",
     "predict": "--text --top --batch-size --precision --device --json --picture",

@@ -364,8 +364,8 @@ def test_chat_needs_role_tokens(loaded, monkeypatch):
 def test_on_a_terminal_the_text_cannot_act_on_it(monkeypatch):
     from rich.console import Console
 
-    from resonance_nn.cli.generate import COMPLETION, _write
+    from resonance_nn.cli.common import COMPLETION, write_text
 
     buffer = io.StringIO()
-    _write(Console(file=buffer, force_terminal=True, color_system="standard"), "a\x1b[2J\tb\n", COMPLETION)
+    write_text(Console(file=buffer, force_terminal=True, color_system="standard"), "a\x1b[2J\tb\n", COMPLETION)
     assert buffer.getvalue() == "\x1b[1;36ma·[2J\tb\n\x1b[0m"

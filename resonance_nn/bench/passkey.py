@@ -26,7 +26,7 @@ from resonance_nn.bench.text import text_task, text_tokenizer
 from resonance_nn.bench.zero_shot import Measurement, figures
 from resonance_nn.data import Documents, encode_bytes, find_documents
 from resonance_nn.data.synthetic import IGNORE, Batch
-from resonance_nn.evaluation import resolve_device, row
+from resonance_nn.evaluation import resolve_device, row, wilson
 
 DIGITS = 5  # of a key
 NAMES = string.ascii_uppercase
@@ -289,14 +289,6 @@ def _row(model: str, length: int, found: Sequence[bool], outcome: Mapping[str, A
     share = row(f"{model}, {length:,} tokens", "keys found", sum(found) / len(found))
     about = {name: outcome[name] for name in ("parameters", "steps", "training_seconds")}
     return {**share, "model": model, "length": length, "low": low, "high": high, "found": list(found), **about}
-
-
-def wilson(hits: int, trials: int) -> tuple[float, float]:
-    """The 95% interval of a share (Wilson 1927), which is never empty, not even at 0 and 1."""
-    z, share = 1.959964, hits / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    half = z / (1 + z * z / trials) * math.sqrt(share * (1 - share) / trials + (z / (2 * trials)) ** 2)
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def plot(payload: Mapping[str, Any], path: str | Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 console = Console(highlight=False)  # results, on standard output
 stderr_console = Console(stderr=True, highlight=False)
+PROMPT, COMPLETION = "2", "1;36"  # ANSI styles: dim; bold cyan
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 TABLE_WIDTH = 160  # where there is no terminal
 
 
@@ -51,6 +54,27 @@ def console_for(json_path: str | None) -> Console:
 def wide_view(out: Console) -> Console:
     """Where a table is printed: ``out`` on a terminal, otherwise one wide enough that no column is cut."""
     return out if out.is_terminal else Console(file=out.file, width=TABLE_WIDTH, highlight=False)
+
+
+def write_text(out: Console, text: str, style: str = "") -> None:
+    """Text as it is; on a terminal in a style, and without control characters that would act on it."""
+    if out.is_terminal:
+        text = CONTROL.sub("·", text)
+        if style and text and out.color_system is not None:
+            text = f"\x1b[{style}m{text}\x1b[0m"
+    out.file.write(text)
+    out.file.flush()
+
+
+def write_bytes(out: Console, data: bytes, style: str = "") -> None:
+    """Bytes as they are, into a file or a pipe; on a terminal as text."""
+    buffer = None if out.is_terminal else getattr(out.file, "buffer", None)
+    if buffer is None:
+        write_text(out, data.decode("utf-8", errors="replace"), style)
+    else:
+        out.file.flush()
+        buffer.write(data)
+        buffer.flush()
 
 
 def write_json(path: str | os.PathLike[str], payload: Any) -> None:

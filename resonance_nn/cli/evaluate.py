@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resonance_nn.cli.common import JsonOption, ModelArgument, check_output, console_for, write_json
+from resonance_nn.cli.infill import InfillOrderOption, show_infilling
 
 
 def evaluate(
@@ -31,22 +32,35 @@ def evaluate(
     held_out: Annotated[
         bool, typer.Option("--held-out", help="Only what `resonance train` holds out of the same --data.")
     ] = False,
+    infill: Annotated[
+        int | None,
+        typer.Option(
+            "--infill", metavar="N", help="Hide N lines of --data, one at a time, and count those filled in exactly."
+        ),
+    ] = None,
+    infill_order: InfillOrderOption = "spm",
+    seed: Annotated[int, typer.Option(help="Of the lines that --infill hides.")] = 0,
     lzma: Annotated[bool, typer.Option("--lzma/--no-lzma", help="Compress the same text with xz -9e.")] = True,
     json_file: JsonOption = None,
 ) -> None:
-    """Loss, perplexity and bits per byte on whole texts, beside lzma's; accuracy on minimal pairs.
+    """Loss, perplexity and bits per byte on whole texts, beside lzma's; accuracy on minimal pairs; hidden lines.
 
     Each document is read once from a fresh state, which is carried from window to window. Of a pair the acceptable
-    sentence should be the more probable one.
+    sentence should be the more probable one. With --infill it is hidden lines of --data that count, not all of it.
     """
     check_output(json_file, "--json")
     if not (data or pairs):
         raise ValueError("give --data, --pairs, or both")
+    if infill is not None and not data:
+        raise ValueError("--infill hides lines of --data: name some")
+    if infill is not None and infill < 1:
+        raise ValueError(f"--infill {infill}: must be ≥ 1 lines")
 
     import torch
 
-    from resonance_nn.data import find_documents, split_documents
+    from resonance_nn.data import Document, find_documents, split_documents
     from resonance_nn.evaluation import autocast, evaluate_documents, report, resolve_device, resolve_precision
+    from resonance_nn.infilling import evaluate_infilling
     from resonance_nn.loading import load_model
     from resonance_nn.minimal_pairs import read_pairs, score_pairs
     from resonance_nn.packing import pack_weights
@@ -60,10 +74,17 @@ def evaluate(
     out = console_for(json_file)
     rows: list[dict[str, Any]] = []
     summary: dict[str, Any] = {"model": model, "data": data or [], "pairs": pairs or []}
+    documents: list[Document] = []
     if data:
         documents = find_documents(data, text_field=text_field, binary=binary, leave_out=model)
         if held_out:
             documents = split_documents(documents)[1]
+    if documents and infill is not None:
+        how = {"lines": infill, "seed": seed, "order": infill_order, "precision": precision}
+        result = evaluate_infilling(lm, tokenizer, documents, **how, progress=sys.stderr.isatty())
+        rows += show_infilling(result, out)
+        summary["infill"] = result
+    elif documents:
         result = evaluate_documents(
             lm,
             tokenizer,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import signal
 import sys
 import threading
@@ -16,10 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from resonance_nn.bundled import DEFAULT_MODEL
 from resonance_nn.cli.common import (
+    COMPLETION,
+    PROMPT,
     DefaultedModelArgument,
     DeviceOption,
     JsonOption,
@@ -31,13 +31,13 @@ from resonance_nn.cli.common import (
     dtype_of,
     stderr_console,
     write_json,
+    write_text,
 )
+from resonance_nn.cli.infill import MARKER, InfillOrderOption, fill_hole, read_hole
 
 if TYPE_CHECKING:
     from resonance_nn.generation import Sampling
 
-PROMPT, COMPLETION = "2", "1;36"  # ANSI styles: dim; bold cyan
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 CHAT_HELP = "/reset  /save FILE  /load FILE  /quit;  Ctrl-C stops a reply, Ctrl-D leaves"
 
 _SAMPLING, _STATE, _OUTPUT = "Choice of the next token", "Saved state", "Output"
@@ -79,6 +79,15 @@ def generate(
             help='The prompt file has one prompt a line (.jsonl: field "prompt"); continue N at a time.',
         ),
     ] = None,
+    infill: Annotated[
+        str | None,
+        typer.Option(
+            "--infill", metavar="FILE", help="File with a hole to fill, where the marker stands; - is standard input."
+        ),
+    ] = None,
+    marker: Annotated[str, typer.Option("--marker", metavar="TEXT", help="Stands for the hole of --infill.")] = MARKER,
+    middle_only: Annotated[bool, typer.Option("--middle-only", help="Of --infill print only what fills it.")] = False,
+    infill_order: InfillOrderOption = "spm",
     max_new_tokens: MaxNewTokensOption = 128,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
@@ -122,7 +131,16 @@ def generate(
     device: DeviceOption = "auto",
     json_path: JsonOption = None,
 ) -> None:
-    """Continue a text: --prompt, --prompt-file, or standard input."""
+    """Continue a text: --prompt, --prompt-file, or standard input; or fill a hole in one (--infill)."""
+    if infill is not None:
+        for flag, value in (
+            *(("--prompt", prompt), ("--prompt-file", prompt_file), ("--batch", batch)),
+            *(("--save-state", save_state), ("--load-state", load_state)),
+        ):
+            if value is not None:
+                raise ValueError(f"{flag} and --infill exclude each other: the file is the prompt")
+    elif middle_only or marker != MARKER or infill_order != "spm":
+        raise ValueError("--marker, --middle-only and --infill-order go with --infill FILE")
     if prompt is not None and prompt_file is not None:
         raise ValueError("--prompt and --prompt-file exclude each other")
     if batch is not None:
@@ -139,7 +157,8 @@ def generate(
         raise ValueError("--max-new-tokens 0: must be ≥ 1, or go with --save-state to read a prompt only")
     check_output(save_state, "--save-state")
     check_output(json_path, "--json")
-    prompts = _read_prompts(prompt, prompt_file, batch is not None, optional=load_state is not None)
+    hole = None if infill is None else read_hole(infill, marker)
+    prompts = [] if hole else _read_prompts(prompt, prompt_file, batch is not None, optional=load_state is not None)
 
     from resonance_nn import generation
     from resonance_nn.data.tokenizer import encode_bytes
@@ -180,22 +199,25 @@ def generate(
             soft_wrap=True,
             markup=False,
         )
-    streams = len(prompts) == 1 and num_beams == num_return_sequences == 1 and stream is not False
+    streams = len(prompts) <= 1 and num_beams == num_return_sequences == 1 and stream is not False
     rows: list[dict[str, Any]] = []
+    if hole is not None:
+        how = {"order": infill_order, "middle_only": middle_only, "stream": streams}
+        rows = fill_hole(lm, tokenizer, hole, sampling, out, **how)
     size = batch or 1
     for i in range(0, len(ids) if max_new_tokens else 0, size):
         if streams:
-            _write(out, _text(prompts[0]), PROMPT)
-        write = (lambda text: _write(out, text, COMPLETION)) if streams else None
+            write_text(out, _text(prompts[0]), PROMPT)
+        write = (lambda text: write_text(out, text, COMPLETION)) if streams else None
         results = generation.complete(lm, tokenizer, ids[i : i + size], sampling, cache=cache, write=write)
         for k, completions in enumerate(results, i):
             for number, completion in enumerate(completions, 1):
                 if not streams:
                     if len(ids) * len(completions) > 1:
-                        _write(out, f"[prompt {k + 1}, completion {number} of {len(completions)}]\n", PROMPT)
-                    _write(out, _text(prompts[k]), PROMPT)
-                    _write(out, completion.text, COMPLETION)
-                _write(out, "\n")
+                        write_text(out, f"[prompt {k + 1}, completion {number} of {len(completions)}]\n", PROMPT)
+                    write_text(out, _text(prompts[k]), PROMPT)
+                    write_text(out, completion.text, COMPLETION)
+                write_text(out, "\n")
                 row = {
                     "prompt": _text(prompts[k]),
                     "prompt_tokens": len(ids[k]),
@@ -261,8 +283,8 @@ def chat(
                 stderr_console.print(f"error: {error}", soft_wrap=True, markup=False)
             continue
         with _ctrl_c() as interrupted:
-            session.reply(line, sampling, write=lambda t: _write(console, t, COMPLETION), interrupted=interrupted)
-        _write(console, "\n")
+            session.reply(line, sampling, write=lambda t: write_text(console, t, COMPLETION), interrupted=interrupted)
+        write_text(console, "\n")
 
 
 def _command(session: Any, line: str) -> bool:
@@ -331,16 +353,6 @@ def _read_prompts(prompt: str | None, prompt_file: str | None, batch: bool, *, o
 
 def _text(prompt: bytes) -> str:
     return prompt.decode("utf-8", errors="replace")
-
-
-def _write(out: Console, text: str, style: str = "") -> None:
-    """Text as it is; on a terminal in a style, and without control characters that would act on it."""
-    if out.is_terminal:
-        text = CONTROL.sub("·", text)
-        if style and text and out.color_system is not None:
-            text = f"\x1b[{style}m{text}\x1b[0m"
-    out.file.write(text)
-    out.file.flush()
 
 
 @contextmanager

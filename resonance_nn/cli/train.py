@@ -209,7 +209,8 @@ def train(
     sources += f" --text-field {shlex.quote(text_field)}" if text_field != "text" else ""
     sources += " --binary" if binary else ""
     out.print(f"  resonance eval {where} {sources}{'' if eval_data else ' --held-out'}", soft_wrap=True, markup=False)
-    out.print(f"  resonance generate {where} --prompt ...", soft_wrap=True, markup=False)
+    how = "infill FILE" if fim else "prompt ..."
+    out.print(f"  resonance generate {where} --{how}", soft_wrap=True, markup=False)
 
 
 def _number(value: float | None) -> str:
