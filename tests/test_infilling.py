@@ -67,6 +67,17 @@ def random_model(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def plain_model(random_model, tmp_path_factory) -> str:
+    """One that has learned no holes."""
+    folder = tmp_path_factory.mktemp("plain")
+    model, tokenizer = load_model(random_model)
+    model.config.fim_rate = 0.0
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def command(capsysbinary, monkeypatch):
     """Run the command line in this process: (exit code, standard output, standard error)."""
@@ -277,16 +288,13 @@ def test_eval_command(command, trained, run, colours, tmp_path):
         ("eval PLAIN --data FILE --infill 3", "has not learned to fill in the middle"),
         ("eval MODEL --data FILE --infill 0", "--infill 0: must be ≥ 1"),
         ("eval MODEL --pairs FILE --infill 1", "--infill hides lines of --data"),
+        ("eval MODEL --data FILE --seed 1", "--seed and --infill-order go with --infill N"),
         ("eval MODEL --data FILE --infill 1 --infill-order sp", "order = 'sp'"),
     ],
 )  # fmt: skip
-def test_wrong_input_is_one_line(command, random_model, tmp_path, words, message):
+def test_wrong_input_is_one_line(command, random_model, plain_model, tmp_path, words, message):
     (tmp_path / "file.py").write_bytes(MARKED)
-    model, tokenizer = load_model(random_model)
-    model.config.fim_rate = 0.0
-    model.save_pretrained(tmp_path / "plain")
-    tokenizer.save_pretrained(tmp_path / "plain")
-    places = {"MODEL": random_model, "FILE": tmp_path / "file.py", "PLAIN": tmp_path / "plain"}
+    places = {"MODEL": random_model, "FILE": tmp_path / "file.py", "PLAIN": plain_model}
     code, out, err = command(*(places.get(word, word) for word in words.split()))
     assert (code, out) == (2, b"")
     assert err.startswith("error: ")

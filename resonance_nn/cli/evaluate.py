@@ -53,6 +53,8 @@ def evaluate(
         raise ValueError("give --data, --pairs, or both")
     if infill is not None and not data:
         raise ValueError("--infill hides lines of --data: name some")
+    if infill is None and (seed or infill_order != "spm"):
+        raise ValueError("--seed and --infill-order go with --infill N")
     if infill is not None and infill < 1:
         raise ValueError(f"--infill {infill}: must be ≥ 1 lines")
 
