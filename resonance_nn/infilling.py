@@ -35,6 +35,7 @@ def infill(
     sampling: Sampling | None = None,
     *,
     order: str = "spm",
+    context: int | None = None,
     write: Callable[[str], None] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
 ) -> list[Completion]:
@@ -47,6 +48,7 @@ def infill(
         suffix: the text after it.
         sampling: how the next token is chosen; None samples as ``resonance generate`` does.
         order: in which the two are read: "spm", the prefix last, or "psm". The model knows both.
+        context: how many tokens to read on either side of the hole, those next to it; None: all.
         write: called with the text as it comes; for one sequence without beams.
         interrupted: asked after each token whether to stop.
 
@@ -56,13 +58,18 @@ def infill(
     Raises:
         ValueError: the model or its tokenizer knows no holes, a value is out of range.
     """
-    prompt = infill_prompt(model, tokenizer, _bytes(prefix), _bytes(suffix), order)
+    prompt = infill_prompt(model, tokenizer, _bytes(prefix), _bytes(suffix), order, context)
     sampling = Sampling() if sampling is None else sampling
     return complete(model, tokenizer, [prompt], sampling, write=write, interrupted=interrupted)[0]
 
 
 def infill_prompt(
-    model: ResonanceForCausalLM, tokenizer: PreTrainedTokenizerBase, prefix: bytes, suffix: bytes, order: str = "spm"
+    model: ResonanceForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prefix: bytes,
+    suffix: bytes,
+    order: str = "spm",
+    context: int | None = None,
 ) -> list[int]:
     """The token ids that a middle follows. Raises ValueError as :func:`infill`."""
     sentinels = Sentinels.of(tokenizer)
@@ -71,7 +78,12 @@ def infill_prompt(
             "the model has not learned to fill in the middle (fim_rate = 0); train one with `resonance train --fim "
             "0.5`, or this one further with --init and --fim"
         )
-    return sentinels.prompt(encode_bytes(tokenizer, prefix), encode_bytes(tokenizer, suffix), order)
+    if context is not None and context < 1:
+        raise ValueError(f"context = {context}: must be ≥ 1 tokens, or None for all")
+    before, after = encode_bytes(tokenizer, prefix), encode_bytes(tokenizer, suffix)
+    if context is not None:
+        before, after = before[-context:], after[:context]
+    return sentinels.prompt(before, after, order)
 
 
 @dataclass(frozen=True)
@@ -115,6 +127,7 @@ def evaluate_infilling(
     lines: int = 300,
     seed: int = 0,
     order: str = "spm",
+    context: int | None = None,
     precision: str = "fp32",
     progress: bool = False,
 ) -> dict[str, Any]:
@@ -133,13 +146,14 @@ def evaluate_infilling(
         lines: how many lines to hide, each by itself, see :func:`hide_lines`.
         seed: of which.
         order: as :func:`infill` takes it.
+        context: as :func:`infill` takes it; the left alone is read from the document's beginning.
         precision: "auto", "bf16", "fp16" or "fp32", of the matmuls.
         progress: draw a progress bar.
 
     Returns:
         ``lines``, ``documents``, ``bytes``, and of both sides and, with ``left_`` before the name, of the left alone:
         ``exact_match`` (a share), ``exact_match_interval`` (95%, Wilson), ``bits_per_byte``; ``by_length`` (the same
-        shares by characters of the line), ``holes`` (each one), ``order``, ``seed``, ``seconds``.
+        shares by characters of the line), ``holes`` (each one), ``order``, ``context``, ``seed``, ``seconds``.
 
     Raises:
         ValueError: as :func:`infill`; nothing to hide.
@@ -147,14 +161,14 @@ def evaluate_infilling(
     if lines < 1:
         raise ValueError(f"lines = {lines}: must be ≥ 1")
     precision = resolve_precision(precision, model.device.type)
-    infill_prompt(model, tokenizer, b"", b"", order)  # refuses at once what cannot be
+    infill_prompt(model, tokenizer, b"", b"", order, context)  # refuses at once what cannot be
     holes = hide_lines(documents, lines, seed)
     begin, was_training = time.perf_counter(), model.training
     model.eval()
     bar = tqdm(holes, desc="filling in", unit=" lines", delay=2, leave=False, disable=not progress)
     try:
         with bar, torch.no_grad(), autocast(precision, model.device.type):
-            results = [_fill(model, tokenizer, hole, order) for hole in bar]
+            results = [_fill(model, tokenizer, hole, order, context) for hole in bar]
     finally:
         model.train(was_training)
     size = sum(hole.stop - hole.start for hole in holes)
@@ -174,20 +188,23 @@ def evaluate_infilling(
         "by_length": by_length,
         "holes": results,
         "order": order,
+        "context": context,
         "seed": seed,
         "precision": precision,
         "seconds": time.perf_counter() - begin,
     }
 
 
-def _fill(model: ResonanceForCausalLM, tokenizer: PreTrainedTokenizerBase, hole: Hole, order: str) -> dict[str, Any]:
+def _fill(
+    model: ResonanceForCausalLM, tokenizer: PreTrainedTokenizerBase, hole: Hole, order: str, context: int | None
+) -> dict[str, Any]:
     """One hole, from both sides and from the left."""
     text = hole.document.read()
     prefix, hidden, suffix = text[: hole.start], text[hole.start : hole.stop], text[hole.stop :]
     middle = encode_bytes(tokenizer, hidden)
     result: dict[str, Any] = {"document": hole.document.name, "line": hole.line, "hidden": _text(hidden)}
     for side, prompt, stop in (
-        ("", infill_prompt(model, tokenizer, prefix, suffix, order), ()),
+        ("", infill_prompt(model, tokenizer, prefix, suffix, order, context), ()),
         ("left_", encode_prompt(tokenizer, prefix), ("\n",)),
     ):
         cache = prefill(model, torch.tensor([prompt], device=model.device))

@@ -37,8 +37,8 @@ FLAGS = {
     "--gradient-checkpointing --compile --seed --device --save-every --keep --eval-every --log-to --resume "
     "--overwrite --json",
     "eval": "--data --pairs --window --batch-size --precision --device --text-field --binary --held-out --lzma "
-    "--no-lzma --infill --infill-order --seed --json",
-    "generate": f"--prompt --prompt-file --batch --infill --marker --middle-only --infill-order "
+    "--no-lzma --infill --infill-order --infill-context --seed --json",
+    "generate": f"--prompt --prompt-file --batch --infill --marker --middle-only --infill-order --infill-context "
     f"--max-new-tokens --stop {COMMON_SAMPLING} --num-beams "
     "--num-return-sequences --save-state --load-state --stream --no-stream --precision --device --json",
     "chat": f"--system --max-new-tokens {COMMON_SAMPLING} --precision --device",

@@ -29,15 +29,14 @@ def restored(tokenizer, part: list[int]) -> tuple[bytes, str]:
     if counts == {0}:
         return decode_bytes(tokenizer, part), "plain"
     assert counts == {1}
-    assert part[1] == s.prefix
     assert part[-1] == s.boundary
     assert part.count(s.boundary) == 2
-    suffix, middle = part.index(s.suffix), part.index(s.middle)
-    assert suffix < middle
-    first, second, third = (decode_bytes(tokenizer, p) for p in (part[2:suffix], part[suffix:middle], part[middle:]))
-    if suffix == 2:
-        return third + second, "spm"
-    return first + third + second, "psm"
+    first, second, middle = sorted(part.index(i) for i in (s.prefix, s.suffix, s.middle))
+    assert (first, part[middle]) == (1, s.middle)
+    before, after, text = (decode_bytes(tokenizer, p) for p in (part[first:second], part[second:middle], part[middle:]))
+    if part[first] == s.suffix:
+        return after + text + before, "spm"
+    return before + text + after, "psm"
 
 
 @pytest.mark.parametrize("window", [64, 100, 257, 4096])
@@ -145,7 +144,7 @@ def test_prompts(tokenizer):
     s = Sentinels.of(tokenizer)
     assert tuple(tokenizer.convert_ids_to_tokens([s.prefix, s.suffix, s.middle])) == SENTINELS
     assert s.prompt([50, 51], [60], "psm") == [s.boundary, s.prefix, 50, 51, s.suffix, 60, s.middle]
-    assert s.prompt([50, 51], [60]) == [s.boundary, s.prefix, s.suffix, 60, s.middle, 50, 51]
+    assert s.prompt([50, 51], [60]) == [s.boundary, s.suffix, 60, s.prefix, 50, 51, s.middle]
     with pytest.raises(ValueError, match="order = 'mps': must be spm or psm"):
         s.prompt([], [], "mps")
 

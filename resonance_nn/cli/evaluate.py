@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from resonance_nn.cli.common import JsonOption, ModelArgument, check_output, console_for, write_json
-from resonance_nn.cli.infill import InfillOrderOption, show_infilling
+from resonance_nn.cli.infill import InfillContextOption, InfillOrderOption, show_infilling
 
 
 def evaluate(
@@ -39,6 +39,7 @@ def evaluate(
         ),
     ] = None,
     infill_order: InfillOrderOption = "spm",
+    infill_context: InfillContextOption = None,
     seed: Annotated[int, typer.Option(help="Of the lines that --infill hides.")] = 0,
     lzma: Annotated[bool, typer.Option("--lzma/--no-lzma", help="Compress the same text with xz -9e.")] = True,
     json_file: JsonOption = None,
@@ -53,8 +54,8 @@ def evaluate(
         raise ValueError("give --data, --pairs, or both")
     if infill is not None and not data:
         raise ValueError("--infill hides lines of --data: name some")
-    if infill is None and (seed or infill_order != "spm"):
-        raise ValueError("--seed and --infill-order go with --infill N")
+    if infill is None and (seed or infill_order != "spm" or infill_context is not None):
+        raise ValueError("--seed, --infill-order and --infill-context go with --infill N")
     if infill is not None and infill < 1:
         raise ValueError(f"--infill {infill}: must be ≥ 1 lines")
 
@@ -82,8 +83,8 @@ def evaluate(
         if held_out:
             documents = split_documents(documents)[1]
     if documents and infill is not None:
-        how = {"lines": infill, "seed": seed, "order": infill_order, "precision": precision}
-        result = evaluate_infilling(lm, tokenizer, documents, **how, progress=sys.stderr.isatty())
+        how = {"lines": infill, "seed": seed, "order": infill_order, "context": infill_context}
+        result = evaluate_infilling(lm, tokenizer, documents, precision=precision, **how, progress=sys.stderr.isatty())
         rows += show_infilling(result, out)
         summary["infill"] = result
     elif documents:

@@ -33,7 +33,7 @@ from resonance_nn.cli.common import (
     write_json,
     write_text,
 )
-from resonance_nn.cli.infill import MARKER, InfillOrderOption, fill_hole, read_hole
+from resonance_nn.cli.infill import MARKER, InfillContextOption, InfillOrderOption, fill_hole, read_hole
 
 if TYPE_CHECKING:
     from resonance_nn.generation import Sampling
@@ -88,6 +88,7 @@ def generate(
     marker: Annotated[str, typer.Option("--marker", metavar="TEXT", help="Stands for the hole of --infill.")] = MARKER,
     middle_only: Annotated[bool, typer.Option("--middle-only", help="Of --infill print only what fills it.")] = False,
     infill_order: InfillOrderOption = "spm",
+    infill_context: InfillContextOption = None,
     max_new_tokens: MaxNewTokensOption = 128,
     stop: Annotated[
         list[str] | None, typer.Option("--stop", metavar="TEXT", help="End before this text; may be repeated.")
@@ -139,8 +140,8 @@ def generate(
         ):
             if value is not None:
                 raise ValueError(f"{flag} and --infill exclude each other: the file is the prompt")
-    elif middle_only or marker != MARKER or infill_order != "spm":
-        raise ValueError("--marker, --middle-only and --infill-order go with --infill FILE")
+    elif middle_only or marker != MARKER or infill_order != "spm" or infill_context is not None:
+        raise ValueError("--marker, --middle-only, --infill-order and --infill-context go with --infill FILE")
     if prompt is not None and prompt_file is not None:
         raise ValueError("--prompt and --prompt-file exclude each other")
     if batch is not None:
@@ -202,7 +203,7 @@ def generate(
     streams = len(prompts) <= 1 and num_beams == num_return_sequences == 1 and stream is not False
     rows: list[dict[str, Any]] = []
     if hole is not None:
-        how = {"order": infill_order, "middle_only": middle_only, "stream": streams}
+        how = {"order": infill_order, "context": infill_context, "middle_only": middle_only, "stream": streams}
         rows = fill_hole(lm, tokenizer, hole, sampling, out, **how)
     size = batch or 1
     for i in range(0, len(ids) if max_new_tokens else 0, size):

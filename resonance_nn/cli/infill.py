@@ -23,6 +23,12 @@ InfillOrderOption = Annotated[
         "--infill-order", metavar="ORDER", help="What --infill reads last: spm, what is before the hole; psm, after it."
     ),
 ]
+InfillContextOption = Annotated[
+    int | None,
+    typer.Option(
+        "--infill-context", metavar="N", help="Tokens that --infill reads on either side of the hole. Default: all."
+    ),
+]
 
 
 def read_hole(path: str, marker: str) -> tuple[bytes, bytes]:
@@ -50,6 +56,7 @@ def fill_hole(
     out: Console,
     *,
     order: str,
+    context: int | None,
     middle_only: bool,
     stream: bool,
 ) -> list[dict[str, Any]]:
@@ -60,7 +67,7 @@ def fill_hole(
     def write(text: str) -> None:
         write_text(out, text, COMPLETION)
 
-    prompt = infill_prompt(lm, tokenizer, *hole, order)
+    prompt = infill_prompt(lm, tokenizer, *hole, order, context)
     prefix, suffix = (b"", b"") if middle_only else hole
     if stream:
         write_bytes(out, prefix, PROMPT)

@@ -3,12 +3,12 @@
     text = prefix + middle + suffix, cut at places of the text, not of its tokens; each part tokenized by itself
 
     psm: <|endoftext|> <|fim_prefix|> prefix <|fim_suffix|> suffix <|fim_middle|> middle <|endoftext|>
-    spm: <|endoftext|> <|fim_prefix|> <|fim_suffix|> suffix <|fim_middle|> prefix middle <|endoftext|>
+    spm: <|endoftext|> <|fim_suffix|> suffix <|fim_prefix|> prefix <|fim_middle|> middle <|endoftext|>
 
-Source: Bavarian et al. 2022, "Efficient training of language models to fill in the middle"; spm is their variant 2,
-which reads the prefix last, so that the middle goes on from it. Deviations: half of the middles are what people ask
-for, the rest of a line or of a few lines, instead of a random span; a document longer than a training window is first
-cut into parts that fit one, so that no middle is parted from what is around it.
+Source: Bavarian et al. 2022, "Efficient training of language models to fill in the middle"; spm with a sentinel before
+each part, as psm has it: a model must see where the middle begins to know where it ends. Deviations: half of the
+middles are what people ask for, the rest of a line or of a few, instead of a random span; a long document is first cut
+into parts of many lengths, none longer than a training window, so that no middle is parted from what is around it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Sentinels:
             raise ValueError(f"order = {order!r}: must be {' or '.join(ORDERS)}")
         if order == "psm":
             return [self.boundary, self.prefix, *prefix, self.suffix, *suffix, self.middle]
-        return [self.boundary, self.prefix, self.suffix, *suffix, self.middle, *prefix]
+        return [self.boundary, self.suffix, *suffix, self.prefix, *prefix, self.middle]
 
 
 @dataclass(frozen=True)
@@ -98,16 +98,21 @@ class FillInTheMiddle:
             draw: numbers of the text, such as that of its document: each has draws of its own.
 
         Yields:
-            Token ids of parts of which none crosses the end of a window. A part ends before a line if the text goes on.
-            The rest of a window too small for a middle is filled with text as it is.
+            Token ids of parts of which none crosses the end of a window. A text that fits into what is left of one is
+            one part; of others the lengths are log-uniform, up to a window, and a part ends before a line if the text
+            goes on. What is left of a window and too small for a middle is filled with text as it is.
         """
         sentinels, rng = Sentinels.of(tokenizer), self._rng(*draw)
         begin = 0
         while begin < len(ids):
-            room = self.window - place
+            length = room = self.window - place
+            fits = len(ids) - begin + FRAME <= room
+            if not fits:
+                length = round(SMALLEST_WINDOW * (self.window / SMALLEST_WINDOW) ** rng.random())
+                length = length if length <= room - SMALLEST_WINDOW else room
             part, taken = [], 0
-            if room >= SMALLEST_WINDOW:
-                part, taken = _rearranged(tokenizer, sentinels, ids[begin : begin + room], room, rng)
+            if fits or room >= SMALLEST_WINDOW:
+                part, taken = _rearranged(tokenizer, sentinels, ids[begin : begin + length], length, rng)
             if not part:  # at the end of a window
                 taken = min(room - 1, len(ids) - begin)
                 part = [sentinels.boundary, *ids[begin : begin + taken]]
