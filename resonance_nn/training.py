@@ -220,5 +220,4 @@ def _run_settings(
     settings = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name not in FREE}
     settings |= {"mixers": list(arguments.mixers) if arguments.mixers else None, "device": device}
     settings |= {"precision": precision, "lr": trainer_arguments.learning_rate}
-    settings["fim"] = arguments.fim or None  # as in runs begun before there was one
     return {"settings": {**settings, "processes": trainer_arguments.world_size}}
