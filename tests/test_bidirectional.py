@@ -33,8 +33,8 @@ def lively(name: str, dtype: torch.dtype = torch.float64, **overrides: Any) -> M
     """A mixer whose maps that begin at 0 have left it, so that what they multiply shows."""
     mixer = make_mixer(name, dtype, **overrides)
     with torch.no_grad():
-        for p in mixer.parameters():
-            if p.dim() > 1:
+        for parameter, p in mixer.named_parameters():
+            if p.dim() > 1 and (not p.any() or parameter.endswith("conv.weight")):
                 p.copy_(torch.where(p == 0, 0.2 * torch.randn_like(p), p))
     return mixer
 

@@ -45,8 +45,8 @@ def weighty(name: str, **overrides) -> MultiScaleMixer:
         for coarse in mixer.coarse.values():
             coarse.pool.add_(torch.randn_like(coarse.pool))
             coarse.release_bias.copy_(torch.randn_like(coarse.release_bias))
-        for p in mixer.parameters():
-            if p.dim() > 1:
+        for parameter, p in mixer.named_parameters():
+            if parameter.endswith("conv.weight"):
                 p.copy_(torch.where(p == 0, 0.1 * torch.randn_like(p), p))
     return mixer
 
