@@ -11,24 +11,24 @@ import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCriteriaList
 
 from resonance_nn.cache import ResonanceCache
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data.fim import SENTINELS
 from resonance_nn.data.tokenizer import (
-    IncrementalDecoder,
-    decode_bytes,
     document_token_id,
     encode_bytes,
     special_token_id,
     tokenizer_vocab_size,
 )
+from resonance_nn.healing import BeginWith, cut_space
 from resonance_nn.models.causal_lm import ResonanceForCausalLM
+from resonance_nn.streaming import StopAtText, StopText, StopWhen, TextStreamer
 
 PREFILL_CHUNK = 8192  # tokens of a prompt in one forward pass: memory does not grow with the prompt
 
@@ -122,79 +122,6 @@ class Completion:
     finish_reason: str  # "length", "end" (of document or turn), "stop" (string), "interrupted"
 
 
-class StopText:
-    """Token ids, as they come, to text that ends before the first stop string.
-
-    What may become a stop string, or is a character cut between two tokens, is held back.
-    """
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str] = ()) -> None:
-        self._decoder = IncrementalDecoder(tokenizer)
-        self._stop = tuple(stop)
-        self._held = ""
-        self.stopped = False
-
-    def push(self, ids: Sequence[int], *, final: bool = False) -> str:
-        """The text that is certain now; with ``final``, all that is left."""
-        if self.stopped:
-            return ""
-        text = self._held + self._decoder.decode(ids, final=final)
-        found = [position for stop in self._stop if (position := text.find(stop)) >= 0]
-        if found:
-            self.stopped, self._held = True, ""
-            return text[: min(found)]
-        held = 0
-        if not final:  # the longest end of the text that some stop string begins with
-            begins = {stop[:n] for stop in self._stop for n in range(1, len(stop))}
-            held = max((len(begin) for begin in begins if text.endswith(begin)), default=0)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
-
-
-class TextStreamer(BaseStreamer):
-    """Gives ``write`` the completion's text while transformers generates it."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, write: Callable[[str], None], stop: Sequence[str] = ()):
-        self._text = StopText(tokenizer, stop)
-        self._write = write
-        self._in_prompt = True
-
-    def put(self, value: Tensor) -> None:
-        if self._in_prompt:  # transformers hands over the prompt first
-            self._in_prompt = False
-        elif text := self._text.push(value.flatten().tolist()):
-            self._write(text)
-
-    def end(self) -> None:
-        if text := self._text.push([], final=True):
-            self._write(text)
-
-
-class StopAtText(StoppingCriteria):
-    """Stops a row once its completion holds one of the stop strings. Stateless, since beam search reorders rows."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, stop: Sequence[str], prompt_length: int) -> None:
-        self._tokenizer = tokenizer
-        self._stop = [text.encode() for text in stop]
-        self._window = max(map(len, self._stop))  # every token but a special one spells a byte or more
-        self._prompt_length = prompt_length
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # type: ignore[override]
-        tails = input_ids[:, max(self._prompt_length, input_ids.shape[1] - self._window) :].tolist()
-        texts = [decode_bytes(self._tokenizer, tail) for tail in tails]
-        return torch.tensor([any(s in text for s in self._stop) for text in texts], device=input_ids.device)
-
-
-class StopWhen(StoppingCriteria):
-    """Stops all rows once ``condition()`` holds (Ctrl-C)."""
-
-    def __init__(self, condition: Callable[[], bool]) -> None:
-        self._condition = condition
-
-    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:  # type: ignore[override]
-        return torch.full((input_ids.shape[0],), self._condition(), device=input_ids.device)
-
-
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: bytes) -> list[int]:
     """The ids of a document that begins with ``prompt``, exactly its bytes."""
     return [document_token_id(tokenizer), *encode_bytes(tokenizer, prompt)]
@@ -232,6 +159,7 @@ def complete(
     write: Callable[[str], None] | None = None,
     interrupted: Callable[[], bool] = lambda: False,
     chunk_size: int = PREFILL_CHUNK,
+    heal: bool = False,
 ) -> list[list[Completion]]:
     """Continue each prompt (token ids, ≥ 1), all in one left-padded batch.
 
@@ -240,6 +168,8 @@ def complete(
             generate it goes on to the last token but one of the completion, else copies of it do.
         write: called with the text of the completion as it comes; for one prompt and one sequence, without beams.
         interrupted: asked after each token whether to stop.
+        heal: let the model spell the white space at a prompt's end anew, see ``healing``: ``Completion.ids`` then begin
+            with it, its text does not.
 
     Returns:
         ``num_return_sequences`` completions for each prompt.
@@ -250,6 +180,11 @@ def complete(
         raise ValueError("text can be streamed for one prompt and one sequence without beams only")
     if sampling.max_new_tokens == 0:
         return [[Completion([], "", "length") for _ in range(rows)] for _ in prompts]
+    begins = [b""] * len(prompts)
+    if heal:
+        read = 1 if cache is None else max(1, cache.get_seq_length() + 1)
+        prompts, begins = zip(*(cut_space(tokenizer, ids, read) for ids in prompts), strict=True)
+    skips = [len(begin) for begin in begins]
     config = sampling.generation_config(model, tokenizer)
     ends: list[int] = config.eos_token_id
     length = max(map(len, prompts))
@@ -264,7 +199,7 @@ def complete(
         cache.batch_repeat_interleave(copies)
     criteria = StoppingCriteriaList([StopWhen(interrupted)])
     if sampling.stop:
-        criteria.append(StopAtText(tokenizer, sampling.stop, length))
+        criteria.append(StopAtText(tokenizer, sampling.stop, length, skips))
     if sampling.seed is not None:
         torch.manual_seed(sampling.seed)
     generate: Callable[..., Tensor] = model.generate  # pyright: ignore[reportAttributeAccessIssue] (its protocol)
@@ -275,22 +210,24 @@ def complete(
             generation_config=config,
             past_key_values=cache,
             stopping_criteria=criteria,
-            streamer=None if write is None else TextStreamer(tokenizer, write, sampling.stop),
+            logits_processor=[BeginWith(tokenizer, begins, length)] if any(skips) else None,
+            streamer=None if write is None else TextStreamer(tokenizer, write, sampling.stop, skips[0]),
         )
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
         raise ValueError("the model's logits are not finite: its training diverged; train it anew") from error
-    completions = [_completion(tokenizer, ids, sampling, ends) for ids in output[:, length:].tolist()]
+    read = partial(_completion, tokenizer, sampling, ends)
+    completions = [read(ids, skips[row // rows]) for row, ids in enumerate(output[:, length:].tolist())]
     return [completions[i : i + rows] for i in range(0, len(completions), rows)]
 
 
 def _completion(
-    tokenizer: PreTrainedTokenizerBase, ids: list[int], sampling: Sampling, ends: Sequence[int]
+    tokenizer: PreTrainedTokenizerBase, sampling: Sampling, ends: Sequence[int], ids: list[int], skip: int
 ) -> Completion:
     end = next((i for i, token in enumerate(ids) if token in ends), None)
     ids = ids[:end]
-    reader = StopText(tokenizer, sampling.stop)
+    reader = StopText(tokenizer, sampling.stop, skip)
     text = reader.push(ids, final=True)
     if reader.stopped:
         reason = "stop"

@@ -14,8 +14,9 @@ import torch
 from resonance_nn import ResonanceCache, ResonanceConfig, ResonanceForCausalLM, generation
 from resonance_nn.cli import main
 from resonance_nn.data import decode_bytes, encode_bytes, train_tokenizer
-from resonance_nn.generation import Chat, Sampling, StopText, complete, encode_prompt, prefill
+from resonance_nn.generation import Chat, Sampling, complete, encode_prompt, prefill
 from resonance_nn.loading import load_model
+from resonance_nn.streaming import StopText
 
 PROMPT = "def area(width, height):\n    return café"
 CORPUS = (

@@ -210,7 +210,7 @@ def generate(
         if streams:
             write_text(out, _text(prompts[0]), PROMPT)
         write = (lambda text: write_text(out, text, COMPLETION)) if streams else None
-        results = generation.complete(lm, tokenizer, ids[i : i + size], sampling, cache=cache, write=write)
+        results = generation.complete(lm, tokenizer, ids[i : i + size], sampling, cache=cache, write=write, heal=True)
         for k, completions in enumerate(results, i):
             for number, completion in enumerate(completions, 1):
                 if not streams:

@@ -168,6 +168,12 @@ def decode_bytes(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int], *, skip
     return b"".join(parts)
 
 
+def text_of_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[int, bytes]:
+    """The bytes of every id that spells any; special tokens are left out."""
+    codec = _byte_codec(tokenizer)
+    return {i: text for i, text in codec.bytes_of.items() if text and i not in codec.special_ids}
+
+
 class IncrementalDecoder:
     """Token ids, as they come, to text: a character cut between two tokens is held back until it is whole."""
 
