@@ -1,6 +1,8 @@
 """transformers' models that ours are measured beside on tasks, from scratch, by the same loop on the same batches.
 
-Each has our width, depth and heads, and parameters within 2% of ours, by the inner width of its MLP. Attention is SDPA.
+Each has our width and depth, and trained parameters within 2% of ours, by the inner width of its MLP. It has our heads,
+or heads of 64 channels where ours are wider, as a memory's are. Attention is SDPA. The rest is transformers', initial
+weights too.
 """
 
 from __future__ import annotations
@@ -16,20 +18,26 @@ from transformers import (
     ASTModel,
     BertConfig,
     BertModel,
+    MarianConfig,
+    MarianMTModel,
     PreTrainedModel,
     ViTConfig,
     ViTForImageClassification,
     Wav2Vec2Config,
     Wav2Vec2ForSequenceClassification,
 )
-from transformers.modeling_outputs import SequenceClassifierOutput
+from transformers.modeling_outputs import Seq2SeqLMOutput, SequenceClassifierOutput
 
 from resonance_nn.bench.peers import STEP, TOLERANCE
-from resonance_nn.config import ResonanceConfig
+from resonance_nn.config import ResonanceConfig, usual_heads
 from resonance_nn.models.audio import AudioEmbedding
 from resonance_nn.models.pooling import classification_loss, label_head, pool
+from resonance_nn.models.seq2seq import target_loss
 
 SECONDS = 1.0  # of sound that AST sees, which needs a fixed length: more is cut off, less is followed by silence
+POSITIONS = (
+    2048  # tokens that Marian can read or write: a source may have 1,019, since twice that and 10 may be written
+)
 
 
 @dataclass(frozen=True)
@@ -45,7 +53,7 @@ def _shape(ours: ResonanceConfig, size: int) -> dict[str, Any]:
     return {
         "hidden_size": ours.hidden_size,
         "num_hidden_layers": ours.num_hidden_layers,
-        "num_attention_heads": ours.num_heads,
+        "num_attention_heads": _heads(ours),
         "intermediate_size": size,
         "hidden_dropout_prob": ours.dropout,
         "attention_probs_dropout_prob": 0.0,
@@ -53,6 +61,10 @@ def _shape(ours: ResonanceConfig, size: int) -> dict[str, Any]:
         "id2label": ours.id2label,
         "label2id": ours.label2id,
     }
+
+
+def _heads(ours: ResonanceConfig) -> int:
+    return max(ours.num_heads, usual_heads(ours.hidden_size))
 
 
 def _vit(ours: ResonanceConfig, size: int) -> PreTrainedModel:
@@ -148,8 +160,51 @@ def _wav2vec2(ours: ResonanceConfig, size: int) -> PreTrainedModel:
     return Wav2Vec2ForSequenceClassification(config)
 
 
+class Marian(MarianMTModel):
+    """Marian as OPUS-MT has it: layer norms after each part, SiLU, sinusoidal positions, one scaled embedding for both
+    sides and the head. It begins with our first token and not with padding, and its loss is ours: smoothed and divided
+    alike."""
+
+    accepts_loss_kwargs = True
+
+    def __init__(self, ours: ResonanceConfig, size: int) -> None:
+        fields: dict[str, Any] = {
+            "vocab_size": ours.vocab_size,
+            "d_model": ours.hidden_size,
+            "encoder_layers": ours.num_encoder_layers,
+            "decoder_layers": ours.num_hidden_layers,
+            "encoder_attention_heads": _heads(ours),
+            "decoder_attention_heads": _heads(ours),
+            "encoder_ffn_dim": size,
+            "decoder_ffn_dim": size,
+            "dropout": ours.dropout,
+            "activation_function": "swish",
+            "scale_embedding": True,
+            "max_position_embeddings": POSITIONS,
+            "decoder_start_token_id": ours.decoder_start_token_id or 0,
+            "bos_token_id": ours.bos_token_id,
+            "eos_token_id": ours.eos_token_id,
+            "pad_token_id": ours.pad_token_id or 0,
+            "forced_eos_token_id": None,
+            "attn_implementation": "sdpa",
+        }
+        super().__init__(MarianConfig(**fields))
+        self.ours = ours
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (it is called by names)
+        self, *args: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
+    ) -> Seq2SeqLMOutput:
+        if labels is None:
+            return super().forward(*args, **inputs)
+        ids = self.prepare_decoder_input_ids_from_labels(labels)
+        hidden = self.model(*args, **inputs, decoder_input_ids=ids, use_cache=False).last_hidden_state
+        loss = target_loss(hidden, self.lm_head, labels, self.ours, self.training, num_items_in_batch)
+        return Seq2SeqLMOutput(loss=loss)  # type: ignore[arg-type]
+
+
 TASK_PEERS: dict[str, TaskPeer] = {
     "vit": TaskPeer("ViT", ("image-classification",), _vit),
+    "marian": TaskPeer("Marian", ("translation",), Marian),
     "bert": TaskPeer("BERT-style encoder", ("text-classification",), BertClassifier),
     "ast": TaskPeer("AST", ("audio-classification",), ASTClassifier),
     "wav2vec2": TaskPeer("wav2vec 2.0-style", ("audio-classification",), _wav2vec2),

@@ -25,7 +25,7 @@ from resonance_nn.cli.common import (
 def task(
     data: Annotated[list[str], typer.Option("--data", help="As of `resonance train`; repeatable.")],
     name: Annotated[str, typer.Option("--task", help="As of `resonance train`.")] = "image-classification",
-    models: Annotated[str, typer.Option(help="By commas: resonance, vit, bert, ast, wav2vec2.")] = "resonance",
+    models: Annotated[str, typer.Option(help="By commas: resonance, vit, bert, ast, wav2vec2, marian.")] = "resonance",
     eval_data: Annotated[list[str] | None, typer.Option("--eval-data", help="Held out; default: 5%.")] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.", show_default="1")] = None,
     steps: Annotated[int | None, typer.Option(help="Instead of epochs.", show_default=False)] = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -185,7 +186,7 @@ class ResonanceForConditionalGeneration(ResonancePreTrainedModel, GenerationMixi
         if labels is not None:
             of_encoder = getattr(encoder_outputs, "aux_loss", None)
             auxiliary = [*(losses or []), *([] if of_encoder is None else [of_encoder])]
-            loss = self._loss(hidden, labels, num_items_in_batch, auxiliary)
+            loss = target_loss(hidden, self.lm_head, labels, self.config, self.training, num_items_in_batch, auxiliary)
         if labels is None or return_logits or not isinstance(logits_to_keep, int) or logits_to_keep > 0:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden if return_logits and labels is not None else hidden[:, keep])
@@ -262,25 +263,38 @@ class ResonanceForConditionalGeneration(ResonancePreTrainedModel, GenerationMixi
         states = [state for state in cache.states if state is not None]
         return states or None
 
-    def _loss(self, hidden: Tensor, labels: Tensor, num_items: Tensor | int | None, auxiliary: list[Tensor]) -> Tensor:
-        targets = labels.flatten().to(hidden.device)
-        asked = (targets != -100).nonzero().squeeze(1)
-        rows, targets = hidden.flatten(0, 1)[asked], targets[asked]
-        config = self.config
-        options: dict[str, Any] = {}
-        if self.training:
-            options = dict(label_smoothing=config.label_smoothing, z_loss_weight=config.z_loss_weight)
-        if type(self.lm_head) is nn.Linear and self.lm_head.bias is None:
-            total: Tensor = linear_cross_entropy(rows, self.lm_head.weight, targets, **options)[0]
-        else:  # an adapter, a quantised head: what it computes counts
-            total = logits_cross_entropy(self.lm_head(rows), targets, **options)[0]
-        if auxiliary:  # means over this batch, so its share of an accumulated step is by targets
-            total = total + len(asked) * torch.stack(auxiliary).sum()
-        if num_items is None:
-            return total / max(1, len(asked))
-        return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
-
     def _prepare_cache_for_generation(  # type: ignore[override] (its annotation says bool, it returns nothing)
         self, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
     ) -> None:
         prepare_state(self.config, generation_config, model_kwargs, "decoder_attention_mask")
+
+
+def target_loss(
+    hidden: Tensor,
+    head: nn.Module,
+    labels: Tensor,
+    config: ResonanceConfig,
+    training: bool,
+    num_items: Tensor | int | None = None,
+    auxiliary: Sequence[Tensor] = (),
+) -> Tensor:
+    """The mean cross-entropy of a decoder's hidden states (B, m, D) through its head to labels (B, m), −100 ignored.
+
+    In ``training`` smoothed and with the z-loss of ``config``, and with ``auxiliary`` losses. ``num_items``: what to
+    divide the sum by instead of the number of targets.
+    """
+    targets = labels.flatten().to(hidden.device)
+    asked = (targets != -100).nonzero().squeeze(1)
+    rows, targets = hidden.flatten(0, 1)[asked], targets[asked]
+    options: dict[str, Any] = {}
+    if training:
+        options = dict(label_smoothing=config.label_smoothing, z_loss_weight=config.z_loss_weight)
+    if type(head) is nn.Linear and head.bias is None:
+        total: Tensor = linear_cross_entropy(rows, head.weight, targets, **options)[0]
+    else:  # an adapter, a quantised head: what it computes counts
+        total = logits_cross_entropy(head(rows), targets, **options)[0]
+    if auxiliary:  # means over this batch, so its share of an accumulated step is by targets
+        total = total + len(asked) * torch.stack(tuple(auxiliary)).sum()
+    if num_items is None:
+        return total / max(1, len(asked))
+    return total / (num_items.to(total.device) if isinstance(num_items, Tensor) else num_items)
