@@ -20,6 +20,7 @@ SET_BY_THE_RUN = (
 )
 OPTIMIZERS = {"muon": 6e-3, "adamw": 3e-3}  # and the rate each does well with at a width of 256
 LOGGERS = ("none", "tensorboard", "trackio", "wandb")
+DOCUMENT_TASKS = ("text-generation", "fill-mask")  # the others read tables, or folders
 # What may differ between a run and its resumption. Data is compared by what is in it.
 FREE = ("data", "eval_data", "output_dir", "resume", "overwrite", "keep", "save_every", "log_to", "progress")
 
@@ -35,6 +36,7 @@ class TrainArguments:
     output_dir: str | os.PathLike[str]
     task: str = "text-generation"  # of resonance_nn.tasks.TASKS
     eval_data: Sequence[str] = ()  # empty: the last 5% of the documents
+    hold_out: str | None = None  # COLUMN=VALUE of the tables: the rows to hold out
     text_field: str = "text"  # of JSONL
     binary: bool = False
 
@@ -117,6 +119,13 @@ class TrainArguments:
             refuse("fim", "a share of the documents, from 0 to 1; 0.5 is usual")
         if self.fim and self.task != "text-generation":
             raise ValueError(f"fim = {self.fim!r}: is for text-generation, not {self.task}; leave it out")
+        if self.hold_out is not None:
+            if not self.hold_out.partition("=")[0] or "=" not in self.hold_out:
+                refuse("hold_out", "COLUMN=VALUE of the rows to hold out, such as speaker=ann")
+            if self.eval_data:
+                raise ValueError("hold_out and eval_data: each says what is held out; give one")
+            if self.task in DOCUMENT_TASKS:
+                raise ValueError(f"hold_out = {self.hold_out!r}: is of tables, and {self.task} reads none")
         if self.fim and self.seq_len < SMALLEST_WINDOW:
             refuse("seq_len", f"≥ {SMALLEST_WINDOW} with fim: a window holds what is around a middle too")
         if not 0 <= self.seed < 1 << 32:

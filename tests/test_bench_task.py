@@ -17,6 +17,7 @@ from resonance_nn import (
     ResonanceForSequenceClassification,
 )
 from resonance_nn.arguments import TrainArguments
+from resonance_nn.bench.fit import confidence95
 from resonance_nn.bench.peers import TOLERANCE
 from resonance_nn.bench.task_peers import TASK_PEERS, build_task_peer, trained
 from resonance_nn.bench.tasks_quality import Case, TaskOptions, best_rate
@@ -130,6 +131,92 @@ def test_run_tunes_compares_and_resumes(pictures, tmp_path, capsys):
     assert "already holds a finished run" in capsys.readouterr().err
     assert main([*words, "--resume"]) == 0
     assert json.loads((tmp_path / "t.json").read_text())["rows"] == payload["rows"]
+
+
+@pytest.fixture(scope="module")
+def sayings(tmp_path_factory):
+    """Texts of three people, of whom a/b is one."""
+    rows = [
+        f"{word} {i},{word},{who}"
+        for i, who in enumerate(["ann", "bob", "a/b"] * 4)
+        for word in (["yes", "no"] if i < 9 else ["no"])
+    ]
+    path = tmp_path_factory.mktemp("sayings") / "said.csv"
+    path.write_text("\n".join(["text,label,who", *rows]) + "\n")
+    return path
+
+
+TEXTS = ["bench", "task", "--task", "text-classification", "--steps", "2", "--batch-size", "8", "--vocab-size", "300"]
+TEXTS += ["--set", "hidden_size=64", "--set", "num_hidden_layers=1", "--lrs", "1e-3,1e-2", "--seeds", "2"]
+
+
+def test_each_value_of_a_column_is_held_out_in_turn(sayings, tmp_path, capsys):
+    words = [*TEXTS, "--data", str(sayings), "--hold-out", "who", "--models", "resonance,bert"]
+    words += ["--output-dir", str(tmp_path / "runs"), "--json", str(tmp_path / "t.json")]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "each who held out in turn" in shown
+    assert "without ann" in shown
+    payload = json.loads((tmp_path / "t.json").read_text())
+    assert len(payload["runs"]) == 2 * (2 + 2 * 3 - 1)
+    tried = [(run["model"], run["seed"], run["held_out"]) for run in payload["runs"][:4]]
+    assert tried == [(model, 0, "a/b") for model in ("resonance", "bert")] * 2  # all rates, of the first group only
+    assert len({run["lr"] for run in payload["runs"] if run["model"] == "bert" and run["held_out"] != "a/b"}) == 1
+    folders = {path.name for path in (tmp_path / "runs" / "bert").iterdir()}
+    assert folders == {"held-out-ann", "held-out-bob", "held-out-a%2Fb"}
+    rows = [json.loads(line) for line in _held_out(tmp_path / "runs" / "bert" / "held-out-ann")]
+    assert rows == ["who=ann"] * 2
+    ours, bert = (row for row in payload["rows"] if row["metric"] == "loss")
+    assert len(ours["values"]) == 6
+    assert ours["ours"] == pytest.approx(sum(ours["values"]) / 6)
+    assert list(ours["held_out"]) == ["a/b", "ann", "bob"]
+    for i, (group, means) in enumerate(ours["held_out"].items()):
+        here, theirs = ours["values"][2 * i : 2 * i + 2], bert["values"][2 * i : 2 * i + 2]
+        runs = [r for r in payload["runs"] if (r["model"], r["held_out"], r["lr"]) == ("resonance", group, ours["lr"])]
+        assert here == [run["eval_loss"] for run in sorted(runs, key=lambda run: run["seed"])]
+        assert means["ours"] == pytest.approx(sum(here) / 2)
+        assert means["difference"] == pytest.approx(sum(here) / 2 - sum(theirs) / 2)
+    differences = [a - b for a, b in zip(ours["values"], bert["values"], strict=True)]
+    assert ours["difference"] == pytest.approx(sum(differences) / 6)
+    assert ours["difference_interval"] == pytest.approx(confidence95(differences))
+    (tmp_path / "runs" / "bert" / "held-out-bob" / f"lr-{bert['lr']:g}-seed-1" / "train.json").unlink()
+    assert main([*words, "--resume"]) == 0
+    again = json.loads((tmp_path / "t.json").read_text())["rows"]
+    assert [row["values"] for row in again] == [row["values"] for row in payload["rows"]]
+
+
+def _held_out(folder):
+    runs = (json.loads(path.read_text()) for path in folder.glob("*/data/run.json"))
+    return [json.dumps(run["settings"]["hold_out"]) for run in runs]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--hold-out", "whom"], "hold_out = 'whom': no column of example 1 of the data; it has text, label, who"),
+        (["--hold-out", "one"], "hold_out = 'one': has one value, '1'; to hold each out takes two or more"),
+        (["--hold-out", "some"], "hold_out = 'some': is empty in example 2 of the data"),
+        (["--hold-out", "who", "--eval-data", "x.csv"], "hold_out and eval_data: each says what is held out; give one"),
+        (["--hold-out", "who", "--task", "fill-mask"], "hold_out = 'who=': is of tables, and fill-mask reads none"),
+        (["--hold-out", "who=ann"], "hold_out = 'who=ann': must be a column, each value of which is then held out"),
+        (["--hold-out", "text"], "the held-out data have the label"),
+    ],
+)
+def test_what_cannot_be_held_out(more, message, tmp_path, capsys):
+    lines = ["text,label,who,one,some", "a,x,ann,1,2", "b,y,bob,1,", "c,z,cyd,1,3"]
+    (tmp_path / "data.csv").write_text("\n".join(lines) + "\n")
+    words = [*TEXTS, "--data", str(tmp_path / "data.csv"), "--output-dir", str(tmp_path / "runs"), *more]
+    assert main(words) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert message in error
+    assert not (tmp_path / "runs").exists()
+
+
+def test_files_in_folders_have_no_columns(pictures, tmp_path, capsys):
+    words = ["bench", "task", "--data", str(pictures), "--output-dir", str(tmp_path / "runs"), "--hold-out", "who"]
+    assert main(words) == 2
+    assert "no column of example 1 of the data; only tables have columns" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

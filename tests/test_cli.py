@@ -31,9 +31,9 @@ COMMON_MODELS = "--size --hidden-size --layers --vocab-size --mixers --set --dty
 COMMON_TIMING = "--repeats --floor --no-floor --compile --allocator --max-seconds"
 FLAGS = {
     "": "--version",
-    "train": "--data --output-dir --task --eval-data --text-field --binary --size --recipe --mixers --vocab-size "
-    "--tokenizer --init --set --dropout --label-smoothing --z-loss --fim --steps --epochs --tokens --seq-len "
-    "--batch-size --accumulate --lr --warmup --optimizer --weight-decay --clip --augment --precision "
+    "train": "--data --output-dir --task --eval-data --hold-out --text-field --binary --size --recipe --mixers "
+    "--vocab-size --tokenizer --init --set --dropout --label-smoothing --z-loss --fim --steps --epochs --tokens "
+    "--seq-len --batch-size --accumulate --lr --warmup --optimizer --weight-decay --clip --augment --precision "
     "--gradient-checkpointing --compile --seed --device --save-every --keep --eval-every --log-to --resume "
     "--overwrite --json",
     "eval": "--data --pairs --window --batch-size --precision --device --text-field --binary --held-out --lzma "
@@ -67,9 +67,9 @@ FLAGS = {
     "bench recall": f"--full --vocab-size --lengths --test-lengths --pairs --watch --fillers {COMMON_LEARNING}",
     "bench spectrum": "--data --tokens --window --device --json --plot",
     "bench tracking": f"--tasks --train-lengths --lengths --vocab-size --pairs --watch --fillers {COMMON_LEARNING}",
-    "bench task": "--data --task --models --eval-data --epochs --steps --batch-size --vocab-size --set --mixers "
-    "--dropout --augment --lrs --seeds --optimizer --weight-decay --precision --threads --device --output-dir --resume "
-    "--overwrite --json",
+    "bench task": "--data --task --models --eval-data --hold-out --epochs --steps --batch-size --vocab-size --set "
+    "--mixers --dropout --augment --lrs --seeds --optimizer --weight-decay --precision --threads --device --output-dir "
+    "--resume --overwrite --json",
     "bench speed": f"--lengths --full --tokens-per-batch --forward-only --peers {COMMON_MODELS} {COMMON_TIMING}",
     "bench throughput": f"--batches --length --peers {COMMON_MODELS} {COMMON_TIMING}",
     "bench memory": f"--lengths --tokens-per-batch --gradient-checkpointing --peers {COMMON_MODELS}",

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import gzip
+import json
 
 import pytest
 
+from resonance_nn.arguments import TrainArguments
 from resonance_nn.cli import main
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.tables import read_lines, read_table
-from resonance_nn.tasks.base import label_names, split_examples
+from resonance_nn.tasks import TASKS
+from resonance_nn.tasks.base import ExamplesTask, label_names, split_examples
 
 
 @pytest.mark.parametrize(
@@ -72,3 +75,43 @@ def test_splits_and_labels():
         split_examples([1])
     assert label_names(["10", "9", "-1"]) == ["-1", "9", "10"]
     assert label_names(["b", "a", "10"]) == ["10", "a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("task", "row"),
+    [
+        ("text-classification", {"text": "a", "label": "x"}),
+        ("image-classification", {"image": "a.png", "label": "x"}),
+        ("audio-classification", {"audio": "a.wav", "label": "x"}),
+        ("audio-event-detection", {"audio": "a.wav", "events": []}),
+        ("multimodal-classification", {"text": "a", "label": "x"}),
+        ("multimodal-retrieval", {"text": "a", "image": "a.png"}),
+    ],
+)
+def test_rows_of_one_value_are_held_out(task, row, tmp_path):
+    rows = [{**row, "fold": fold} for fold in (10, 9, 10, 8)]
+    (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    made = TASKS[task](TrainArguments(data=[str(tmp_path / "a.jsonl")], output_dir="x", hold_out="fold=10"))
+    assert isinstance(made, ExamplesTask)
+    assert made.values("fold") == ["8", "9", "10"]
+    train, held_out = ([made.row(example)["fold"] for example in part] for part in made.read())
+    assert (train, held_out) == ([9, 8], [10, 10])
+    made.arguments.hold_out = "fold=7"
+    with pytest.raises(DataError, match="hold_out = 'fold=7': no example has this value"):
+        made.read()
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("who", "hold_out = 'who': must be COLUMN=VALUE of the rows to hold out, such as speaker=ann"),
+        ("who=cyd", "hold_out = 'who=cyd': no example has this value"),
+        ("whom=ann", "hold_out = 'whom': no column of example 1 of the data; it has text, label, who"),
+    ],
+)
+def test_train_names_what_cannot_be_held_out(value, message, tmp_path, capsys):
+    (tmp_path / "a.csv").write_text("text,label,who\na,x,ann\nb,y,bob\n")
+    words = ["train", "--task", "text-classification", "--data", str(tmp_path / "a.csv"), "--hold-out", value]
+    assert main([*words, "--output-dir", str(tmp_path / "m")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()

@@ -1,18 +1,20 @@
 """Ours and transformers' models of equal size on one task: the same data, batches, steps and loop, every model with the
 learning rate that suits it best of those tried, several seeds.
 
-output_dir/MODEL/lr-RATE-seed-N/   a run of ``resonance train --task``; can be resumed
+output_dir/MODEL/lr-RATE-seed-N/                  a run of ``resonance train --task``; can be resumed
+output_dir/MODEL/held-out-VALUE/lr-RATE-seed-N/   one where the rows with a value of a column are held out
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from transformers import PreTrainedModel
@@ -22,8 +24,9 @@ from resonance_nn.bench.common import Row, result
 from resonance_nn.bench.fit import confidence95
 from resonance_nn.bench.task_peers import TASK_PEERS, build_task_peer, trained
 from resonance_nn.config import ResonanceConfig
-from resonance_nn.evaluation import resolve_device
+from resonance_nn.evaluation import finite, resolve_device
 from resonance_nn.tasks import TASKS
+from resonance_nn.tasks.base import ExamplesTask
 from resonance_nn.training import train
 
 OURS = "resonance"
@@ -37,6 +40,7 @@ class TaskOptions:
     models: tuple[str, ...] = (OURS,)
     lrs: tuple[float, ...] = (1e-3, 3e-3)
     seeds: int = 3
+    hold_out: str | None = None  # a column of the data, each value of which is held out in turn
     output_dir: Path = Path("runs/bench-task")
 
     def check(self) -> None:
@@ -53,8 +57,11 @@ class TaskOptions:
                 raise ValueError(f"{name} = {list(values)}: must be one or more, each once")
         if self.seeds < 1:
             raise ValueError(f"seeds = {self.seeds}: must be ≥ 1")
+        if self.hold_out is not None and (not self.hold_out or "=" in self.hold_out):
+            raise ValueError(f"hold_out = {self.hold_out!r}: must be a column, each value of which is then held out")
         for lr in self.lrs:
-            replace(self.arguments, lr=lr, output_dir=self.output_dir).check()
+            hold_out = None if self.hold_out is None else f"{self.hold_out}="
+            replace(self.arguments, lr=lr, output_dir=self.output_dir, hold_out=hold_out).check()
 
 
 @dataclass(frozen=True, order=True)
@@ -64,10 +71,17 @@ class Case:
     model: str
     lr: float
     seed: int
+    held_out: str = ""
 
     @property
     def title(self) -> str:
-        return f"{self.model}, rate {self.lr:g}, seed {self.seed}"
+        without = f", without {self.held_out}" if self.held_out else ""
+        return f"{self.model}, rate {self.lr:g}, seed {self.seed}{without}"
+
+    @property
+    def folder(self) -> Path:
+        group = f"held-out-{quote(self.held_out, safe=' ')}" if self.held_out else ""
+        return Path(self.model, group, f"lr-{self.lr:g}-seed-{self.seed}")
 
 
 def build(options: TaskOptions, model: str, config: ResonanceConfig) -> PreTrainedModel:
@@ -92,51 +106,70 @@ def run(
     ``progress`` is told the number of each run before it, how many there are, and which it is.
 
     Raises:
-        ValueError: as :meth:`TaskOptions.check`; a folder with runs and neither flag.
+        ValueError: as :meth:`TaskOptions.check`; a column that the data lack, or of one value; a folder with runs and
+            neither flag.
     """
     options.check()
-    total = len(options.models) * (len(options.lrs) + options.seeds - 1)
+    groups = held_out_groups(options)
+    total = len(options.models) * (len(options.lrs) + options.seeds * len(groups) - 1)
     outcomes: dict[Case, dict[str, Any]] = {}
-    for case in _cases(options, outcomes):
+    for case in _cases(options, groups, outcomes):
         progress(len(outcomes) + 1, total, case)
-        folder = options.output_dir / case.model / f"lr-{case.lr:g}-seed-{case.seed}"
+        folder = options.output_dir / case.folder
         begun = (folder / "data" / "run.json").is_file()
         arguments = replace(
             options.arguments,
             output_dir=folder,
+            hold_out=None if options.hold_out is None else f"{options.hold_out}={case.held_out}",
             lr=case.lr,
             seed=case.seed,
             resume=begun and resume,
             overwrite=overwrite,
         )
         outcomes[case] = train(arguments, partial(build, options, case.model))["summary"]
+    chosen = {name: getattr(options, name) for name in ("models", "lrs", "seeds", "hold_out")}
     return result(
         "task",
-        _rows(options, outcomes),
+        _rows(options, groups, outcomes),
         resolve_device(options.arguments.device),
-        options={"task": options.arguments.task, "models": options.models, "lrs": options.lrs, "seeds": options.seeds},
-        runs=[{"model": c.model, "lr": c.lr, "seed": c.seed, **summary} for c, summary in outcomes.items()],
+        options={"task": options.arguments.task, **chosen},
+        runs=[{**asdict(case), **summary} for case, summary in outcomes.items()],
     )
 
 
-def _cases(options: TaskOptions, outcomes: dict[Case, dict[str, Any]]) -> Iterator[Case]:
-    """All rates with the first seed, model by model; then the best with the other seeds."""
+def held_out_groups(options: TaskOptions) -> list[str]:
+    """The values of the column to hold out; [""] without one. Raises ValueError where there is no such column, or only
+    one value."""
+    column = options.hold_out
+    if column is None:
+        return [""]
+    task = TASKS[options.arguments.task](options.arguments)
+    assert isinstance(task, ExamplesTask)  # TrainArguments.check refuses the others
+    groups = task.values(column)
+    if len(groups) < 2:
+        raise ValueError(f"hold_out = {column!r}: has one value, {groups[0]!r}; to hold each out takes two or more")
+    return groups
+
+
+def _cases(options: TaskOptions, groups: Sequence[str], outcomes: dict[Case, dict[str, Any]]) -> Iterator[Case]:
+    """All rates with the first seed and group, model by model; then the best with the other groups and seeds."""
     for lr in options.lrs:
         for model in options.models:
-            yield Case(model, lr, 0)
-    best = {model: best_rate(options, outcomes, model) for model in options.models}
-    for seed in range(1, options.seeds):
-        for model in options.models:
-            yield Case(model, best[model], seed)
+            yield Case(model, lr, 0, groups[0])
+    best = {model: best_rate(options, outcomes, model, groups[0]) for model in options.models}
+    for seed in range(options.seeds):
+        for group in groups[1:] if seed == 0 else groups:
+            for model in options.models:
+                yield Case(model, best[model], seed, group)
 
 
-def best_rate(options: TaskOptions, outcomes: dict[Case, dict[str, Any]], model: str) -> float:
-    """By the task's own figure with the first seed: the larger the better, but for a loss. A run without it, which
-    diverged, is the worst."""
+def best_rate(options: TaskOptions, outcomes: dict[Case, dict[str, Any]], model: str, group: str = "") -> float:
+    """By the task's own figure with the first seed and group: the larger the better, but for a loss. A run without it,
+    which diverged, is the worst."""
     metric = TASKS[options.arguments.task].metric
 
     def merit(lr: float) -> float:
-        value = outcomes[Case(model, lr, 0)].get(metric)
+        value = outcomes[Case(model, lr, 0, group)].get(metric)
         if value is None:
             return -math.inf
         return -value if metric.endswith("loss") else value
@@ -144,40 +177,55 @@ def best_rate(options: TaskOptions, outcomes: dict[Case, dict[str, Any]], model:
     return max(options.lrs, key=merit)
 
 
-def _rows(options: TaskOptions, outcomes: dict[Case, dict[str, Any]]) -> list[Row]:
-    """A row of each model and figure, over the seeds at its best rate; the peer is the first that is not ours."""
-    groups = {
-        model: [outcomes[Case(model, best_rate(options, outcomes, model), seed)] for seed in range(options.seeds)]
-        for model in options.models
+def _rows(options: TaskOptions, groups: Sequence[str], outcomes: dict[Case, dict[str, Any]]) -> list[Row]:
+    """A row of each model and figure, over the groups and seeds at its best rate; the peer is the first that is not
+    ours."""
+    rates = {model: best_rate(options, outcomes, model, groups[0]) for model in options.models}
+    pairs = [(group, seed) for group in groups for seed in range(options.seeds)]
+    runs = {
+        model: [outcomes[Case(model, rates[model], seed, group)] for group, seed in pairs] for model in options.models
     }
     metrics = dict.fromkeys((TASKS[options.arguments.task].metric, "eval_loss"))  # each once
     other = next((model for model in options.models if model != OURS), None)
     made: list[Row] = []
     for metric in metrics:
-        theirs = None if other is None else _values(groups[other], metric)
-        for model, group in groups.items():
-            values = _values(group, metric)
-            compared = theirs is not None and model != other
-            differences = [a - b for a, b in zip(values, theirs, strict=True)] if compared and theirs else []
-            made.append(
-                {
-                    "case": model,
-                    "metric": metric.removeprefix("eval_"),
-                    "ours": fmean(values),
-                    "peer": fmean(theirs) if compared and theirs else None,
-                    "peer_name": TASK_PEERS[other].label if compared and other else None,
-                    "ratio": None,
-                    "values": values,
-                    "interval": confidence95(values),
-                    "difference": fmean(differences) if differences else None,
-                    "difference_interval": confidence95(differences),
-                    "lr": best_rate(options, outcomes, model),
-                    "parameters": group[0]["parameters"],
-                    "minutes": fmean([summary["seconds"] for summary in group]) / 60,
-                }
-            )
+        for model in options.models:
+            values, theirs = _values(runs[model], metric), None
+            if other is not None and model != other:
+                theirs = _values(runs[other], metric)
+            differences = [a - b for a, b in zip(values, theirs or (), strict=theirs is not None)]
+            row = {
+                "case": model,
+                "metric": metric.removeprefix("eval_"),
+                "ours": fmean(values),
+                "peer": fmean(theirs) if theirs else None,
+                "peer_name": TASK_PEERS[other].label if theirs and other else None,
+                "ratio": None,
+                "values": [value if math.isfinite(value) else None for value in values],
+                "interval": confidence95(values),
+                "difference": fmean(differences) if differences else None,
+                "difference_interval": confidence95(differences),
+                "lr": rates[model],
+                "parameters": runs[model][0]["parameters"],
+                "minutes": fmean([summary["seconds"] for summary in runs[model]]) / 60,
+            }
+            made.append({**finite(row), "held_out": _by_group(options, groups, values, differences)})
     return made
 
 
-def _values(group: Sequence[dict[str, Any]], metric: str) -> list[float]:
-    return [float("nan") if summary.get(metric) is None else summary[metric] for summary in group]
+def _by_group(
+    options: TaskOptions, groups: Sequence[str], values: Sequence[float], differences: Sequence[float]
+) -> dict[str, Row]:
+    """Of each held-out group the means over the seeds; none without groups."""
+    if options.hold_out is None:
+        return {}
+    found: dict[str, Row] = {}
+    for i, group in enumerate(groups):
+        part = slice(i * options.seeds, (i + 1) * options.seeds)
+        difference = fmean(differences[part]) if differences else None
+        found[group] = finite({"ours": fmean(values[part]), "difference": difference})
+    return found
+
+
+def _values(runs: Sequence[dict[str, Any]], metric: str) -> list[float]:
+    return [float("nan") if summary.get(metric) is None else summary[metric] for summary in runs]

@@ -27,6 +27,9 @@ def task(
     name: Annotated[str, typer.Option("--task", help="As of `resonance train`.")] = "image-classification",
     models: Annotated[str, typer.Option(help="By commas: resonance, vit, bert, ast, wav2vec2, marian.")] = "resonance",
     eval_data: Annotated[list[str] | None, typer.Option("--eval-data", help="Held out; default: 5%.")] = None,
+    hold_out: Annotated[
+        str | None, typer.Option(metavar="COLUMN", help="Of the tables: hold out each of its values in turn.")
+    ] = None,
     epochs: Annotated[float | None, typer.Option(help="Passes over the data.", show_default="1")] = None,
     steps: Annotated[int | None, typer.Option(help="Instead of epochs.", show_default=False)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step.", show_default="the task's")] = None,
@@ -76,7 +79,7 @@ def task(
         device=device,
         augment=None if augment is None else names(augment),
     )
-    options = suite.TaskOptions(arguments, names(models), rates, seeds, Path(output_dir))
+    options = suite.TaskOptions(arguments, names(models), rates, seeds, hold_out, Path(output_dir))
 
     def report(number: int, total: int, case: suite.Case) -> None:
         stderr_console.print(f"{number}/{total} {case.title}", markup=False)
@@ -94,6 +97,8 @@ def _show(payload: Mapping[str, Any], out: Console) -> None:
 
     machine = payload["machine"]
     title = f"{payload['options']['task']}, {payload['options']['seeds']} seeds; {machine['cpu']}"
+    if payload["options"]["hold_out"] is not None:
+        title = f"{title}; each {payload['options']['hold_out']} held out in turn"
     view = Table("model", "figure", title=title, highlight=False)
     for heading in ("parameters", "rate", "mean", "± 95%", "less peer", "± 95%", "minutes"):
         view.add_column(heading, justify="right")
@@ -104,4 +109,7 @@ def _show(payload: Mapping[str, Any], out: Console) -> None:
             *(number(row["difference"], "+.4f"), number(row["difference_interval"], ".4f")),
             f"{row['minutes']:.1f}",
         )
+        for group, means in row["held_out"].items():
+            held_out = number(means["ours"], ".4f"), "", number(means["difference"], "+.4f")
+            view.add_row(f"  without {group}", "", "", "", *held_out)
     wide_view(out).print(view)

@@ -26,6 +26,9 @@ def train(
     eval_data: Annotated[
         list[str] | None, typer.Option("--eval-data", help="Held-out text; default: the last 5% of the files.")
     ] = None,
+    hold_out: Annotated[
+        str | None, typer.Option(metavar="COLUMN=VALUE", help="Rows of the tables of --data to hold out.")
+    ] = None,
     text_field: Annotated[str, typer.Option(help="Field of JSONL and hub rows that holds the text.")] = "text",
     binary: Annotated[bool, typer.Option("--binary", help="Take files that are not text, byte for byte.")] = False,
     size: Annotated[
@@ -140,6 +143,7 @@ def train(
         output_dir=output_dir,
         task=task,
         eval_data=eval_data or (),
+        hold_out=hold_out,
         text_field=text_field,
         binary=binary,
         size=size,

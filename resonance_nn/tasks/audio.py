@@ -6,8 +6,8 @@ import hashlib
 import json
 import wave
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +27,7 @@ from resonance_nn.models.audio import (
     ResonanceForAudioFrameClassification,
 )
 from resonance_nn.rundir import write_errors
-from resonance_nn.tasks.base import Learning, Task, check_files, label_names, name_labels, split_examples
+from resonance_nn.tasks.base import ExamplesTask, Learning, check_files, label_names, name_labels
 from resonance_nn.tasks.images import accuracy
 from resonance_nn.tasks.text import ENCODER, IGNORE
 
@@ -44,6 +44,7 @@ class Sound:
     path: str
     label: str = ""
     events: tuple[Event, ...] = ()
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of the table, where there is one
 
 
 def find_sounds(path: str) -> list[Sound]:
@@ -61,7 +62,7 @@ def find_sounds(path: str) -> list[Sound]:
             raise DataError(f"{path}: no sounds in folders of it; there must be one for each class")
         return found
     rows = read_table(place, ("audio", "label"))
-    return [Sound(str(place.parent / row["audio"]), str(row["label"])) for row in rows]
+    return [Sound(str(place.parent / row["audio"]), str(row["label"]), row=row) for row in rows]
 
 
 def find_events(path: str) -> list[Sound]:
@@ -77,7 +78,7 @@ def find_events(path: str) -> list[Sound]:
             raise DataError(f"{path}: row {number}: each of its events must have start, end and label") from None
         if any(not 0 <= start < end for start, end, _ in events):
             raise DataError(f"{path}: row {number}: an event must start at 0 or later and before its end, in seconds")
-        sounds.append(Sound(str(place.parent / row["audio"]), events=events))
+        sounds.append(Sound(str(place.parent / row["audio"]), events=events, row=row))
     return sounds
 
 
@@ -95,7 +96,7 @@ class Sounds(Dataset[Any]):
         return {"samples": samples, "labels": self.task.target(self.sounds[i], len(samples))}
 
 
-class AudioClassification(Task):
+class AudioClassification(ExamplesTask):
     """Sounds of any length at one rate: that of most of the training ones, at most 16,000 samples a second, unless
     ``sampling_rate`` is given."""
 
@@ -113,16 +114,10 @@ class AudioClassification(Task):
         return super().initial()
 
     def find(self, path: str) -> list[Sound]:
-        """Those of a file or folder. Raises DataError."""
         return find_sounds(path)
 
-    def read(self) -> tuple[list[Sound], list[Sound]]:
-        """The sounds to train on and those held out."""
-        a = self.arguments
-        found = [sound for path in a.data for sound in self.find(path)]
-        if a.eval_data:
-            return found, [sound for path in a.eval_data for sound in self.find(path)]
-        return split_examples(found)
+    def row(self, example: Sound) -> Mapping[str, Any]:
+        return example.row
 
     def write(self, examples: tuple[list[Sound], list[Sound]], folder: Path) -> dict[str, str]:
         a, (train, held_out) = self.arguments, examples

@@ -107,6 +107,50 @@ class Task(ABC):
         return {**training_loss(state), **last_metrics(state)}
 
 
+class ExamplesTask(Task):
+    """A task whose data are examples: rows of tables, or files in folders."""
+
+    @abstractmethod
+    def find(self, path: str) -> list[Any]:
+        """The examples of a table or folder. Raises DataError."""
+
+    def row(self, example: Any) -> Mapping[str, Any]:
+        """The row of the table that an example is from; empty of one from elsewhere."""
+        return example
+
+    def read(self) -> tuple[list[Any], list[Any]]:
+        """The examples to train on and those held out: of ``eval_data``, of one value of a column, or 5%."""
+        a = self.arguments
+        found = self._found(a.data)
+        if a.eval_data:
+            return found, self._found(a.eval_data)
+        if a.hold_out is None:
+            return split_examples(found)
+        column, _, value = a.hold_out.partition("=")
+        chosen = [own == value for own in self._values(found, column)]
+        held_out = [example for example, held in zip(found, chosen, strict=True) if held]
+        train = [example for example, held in zip(found, chosen, strict=True) if not held]
+        if not held_out or not train:
+            raise DataError(f"hold_out = {a.hold_out!r}: {'no' if train else 'every'} example has this value")
+        return train, held_out
+
+    def values(self, column: str) -> list[str]:
+        """What the examples have in a column of their tables, each once, sorted, numbers by value. Raises DataError."""
+        return sorted_names(set(self._values(self._found(self.arguments.data), column)))
+
+    def _found(self, paths: Iterable[str]) -> list[Any]:
+        return [example for path in paths for example in self.find(path)]
+
+    def _values(self, examples: Sequence[Any], column: str) -> list[str]:
+        for number, row in enumerate(map(self.row, examples), 1):
+            if column not in row:
+                known = f"it has {', '.join(map(str, row))}" if row else "only tables have columns"
+                raise DataError(f"hold_out = {column!r}: no column of example {number:,} of the data; {known}")
+            if row[column] in (None, ""):
+                raise DataError(f"hold_out = {column!r}: is empty in example {number:,} of the data")
+        return [str(self.row(example)[column]) for example in examples]
+
+
 def training_loss(state: TrainerState) -> dict[str, float | None]:
     """The mean training loss of the last tenth of the steps."""
     losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -163,5 +207,11 @@ def label_names(labels: Sequence[str], held_out: Sequence[str] = ()) -> list[str
         raise DataError(f"the training data have one label, {min(found, default='none')!r}; two or more are needed")
     if new := set(held_out) - found:
         raise DataError(f"the held-out data have the label {min(new)!r}, which the training data do not have")
+    return sorted_names(found)
+
+
+def sorted_names(names: Iterable[str]) -> list[str]:
+    """In order, by value if all are numbers."""
+    found = list(names)
     numbers = all(name.lstrip("-").isdigit() for name in found)
     return sorted(found, key=(lambda name: (int(name), name)) if numbers else None)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from resonance_nn.image_processor import ResonanceImageProcessor
 from resonance_nn.loading import load_processor, model_folder
 from resonance_nn.models.vision import ResonanceForImageClassification
 from resonance_nn.rundir import write_errors
-from resonance_nn.tasks.base import Learning, Task, check_files, label_names, name_labels, split_examples
+from resonance_nn.tasks.base import ExamplesTask, Learning, check_files, label_names, name_labels
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 SAMPLED = 2000  # pictures that mean and deviation are taken of
@@ -36,6 +36,7 @@ class Picture:
 
     source: str | np.ndarray
     label: str
+    row: Mapping[str, Any] = field(default_factory=dict, compare=False)  # of the table, where there is one
 
 
 def find_pictures(path: str) -> list[Picture]:
@@ -57,9 +58,8 @@ def find_pictures(path: str) -> list[Picture]:
     if not place.is_file():
         raise DataError(f"{path}: no such file or folder")
     if place.name.removesuffix(".gz").endswith(KINDS):
-        return [
-            Picture(str(place.parent / row["image"]), str(row["label"])) for row in read_table(path, ("image", "label"))
-        ]
+        rows = read_table(path, ("image", "label"))
+        return [Picture(str(place.parent / row["image"]), str(row["label"]), row) for row in rows]
     images = read_idx(place)
     beside = place.parent / place.name.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1")
     if images.ndim != 3 or beside == place or not beside.is_file():
@@ -116,7 +116,7 @@ class Pictures(Dataset[Any]):
         return {"pixels": pixels, "labels": self.classes[picture.label]}
 
 
-class ImageClassification(Task):
+class ImageClassification(ExamplesTask):
     """Pictures in one size, which is the commonest of the training ones unless ``image_size`` is given."""
 
     name = "image-classification"
@@ -132,13 +132,11 @@ class ImageClassification(Task):
         self.processor = load_processor(model_folder(init), ResonanceImageProcessor) if init else None
         return super().initial()
 
-    def read(self) -> tuple[list[Picture], list[Picture]]:
-        """The pictures to train on and those held out."""
-        a = self.arguments
-        found = [picture for path in a.data for picture in find_pictures(path)]
-        if a.eval_data:
-            return found, [picture for path in a.eval_data for picture in find_pictures(path)]
-        return split_examples(found)
+    def find(self, path: str) -> list[Picture]:
+        return find_pictures(path)
+
+    def row(self, example: Picture) -> Mapping[str, Any]:
+        return example.row
 
     def write(self, examples: tuple[list[Picture], list[Picture]], folder: Path) -> dict[str, str]:
         a, (train, held_out) = self.arguments, examples

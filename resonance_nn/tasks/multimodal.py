@@ -27,7 +27,7 @@ from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceFor
 from resonance_nn.processor import ResonanceProcessor
 from resonance_nn.rundir import write_errors
 from resonance_nn.tasks.audio import common_rate
-from resonance_nn.tasks.base import Learning, Task, check_files, label_names, name_labels, split_examples
+from resonance_nn.tasks.base import ExamplesTask, Learning, check_files, label_names, name_labels
 from resonance_nn.tasks.images import accuracy, fitted_processor
 from resonance_nn.tasks.text import Examples, retrieval
 
@@ -48,7 +48,7 @@ def read_rows(path: str, columns: Sequence[str] = ()) -> list[Row]:
     return rows
 
 
-class MultimodalClassification(Task):
+class MultimodalClassification(ExamplesTask):
     """Rows with any of text, image and audio (paths from the table; empty where one is missing) and a label. The model
     has a tower for each that the training rows have, unless ``modalities`` says otherwise."""
 
@@ -66,13 +66,8 @@ class MultimodalClassification(Task):
         self.tokenizer = load_tokenizer(a.tokenizer) if a.tokenizer else None
         return config
 
-    def read(self) -> tuple[list[Row], list[Row]]:
-        """The rows to train on and those held out."""
-        a = self.arguments
-        found = [row for path in a.data for row in read_rows(path, self.columns)]
-        if a.eval_data:
-            return found, [row for path in a.eval_data for row in read_rows(path, self.columns)]
-        return split_examples(found)
+    def find(self, path: str) -> list[Row]:
+        return read_rows(path, self.columns)
 
     def write(self, examples: tuple[list[Row], list[Row]], folder: Path) -> dict[str, str]:
         a, (train, held_out) = self.arguments, examples

@@ -25,7 +25,7 @@ from resonance_nn.models.encoder import (
     ResonanceForTokenClassification,
 )
 from resonance_nn.rundir import write_errors
-from resonance_nn.tasks.base import Learning, Task, fingerprint, label_names, name_labels, split_examples
+from resonance_nn.tasks.base import ExamplesTask, Learning, fingerprint, label_names, name_labels
 
 ENCODER = {"mixers": ("spectral_gate", "reversed:spectral_gate")}
 IGNORE = -100
@@ -44,7 +44,7 @@ class Examples(Dataset[Any]):
         return self.examples[i] if self.change is None else self.change(self.examples[i], i)
 
 
-class TextTask(Task):
+class TextTask(ExamplesTask):
     """Rows of tables, of which some fields are texts, a tokenizer trained on these, and an encoder."""
 
     data = "tables (.tsv, .csv, .jsonl)"
@@ -64,16 +64,7 @@ class TextTask(Task):
             self.build(config)
         return config
 
-    def read(self) -> tuple[list[Row], list[Row]]:
-        """The rows to train on and those held out."""
-        a = self.arguments
-        found = [row for path in a.data for row in self.rows(path)]
-        if a.eval_data:
-            return found, [row for path in a.eval_data for row in self.rows(path)]
-        return split_examples(found)
-
-    def rows(self, path: str) -> list[Row]:
-        """Those of a file. Raises DataError."""
+    def find(self, path: str) -> list[Row]:
         rows = read_table(path, self.columns)
         for number, row in enumerate(rows, 1):
             for name in self.texts:
@@ -170,8 +161,8 @@ class TokenClassification(TextTask):
     metric = "eval_accuracy"
     architecture = ResonanceForTokenClassification
 
-    def rows(self, path: str) -> list[Row]:
-        rows = super().rows(path)
+    def find(self, path: str) -> list[Row]:
+        rows = super().find(path)
         for number, row in enumerate(rows, 1):
             lists = isinstance(row["tokens"], list) and isinstance(row["tags"], list)
             if not lists or len(row["tokens"]) != len(row["tags"]) or not row["tokens"]:
