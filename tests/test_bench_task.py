@@ -22,6 +22,7 @@ from resonance_nn.bench.peers import TOLERANCE
 from resonance_nn.bench.task_peers import TASK_PEERS, build_task_peer, trained
 from resonance_nn.bench.tasks_quality import Case, TaskOptions, best_rate
 from resonance_nn.cli import main
+from resonance_nn.loading import load_config
 
 LABELS = {i: str(i) for i in range(10)}
 ENCODER = {"mixers": ("spectral_gate", "reversed:spectral_gate"), "hidden_size": 64, "num_hidden_layers": 2}
@@ -219,9 +220,63 @@ def test_files_in_folders_have_no_columns(pictures, tmp_path, capsys):
     assert "no column of example 1 of the data; only tables have columns" in capsys.readouterr().err
 
 
+def test_variants_are_ours_with_other_fields(tmp_path, pictures):
+    """Each modality alone beside all of them, on the same splits."""
+    rows = [
+        {"text": f"{name} {i}", "image": str(pictures / name / f"{i}.png"), "label": name, "fold": i % 2}
+        for name in ("dark", "light")
+        for i in range(8)
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    words = ["bench", "task", "--task", "multimodal-classification", "--data", str(tmp_path / "data.jsonl")]
+    words += [
+        "--variant",
+        "text:modalities=text",
+        "--variant",
+        "image:modalities=image",
+        "--variant",
+        "image:mlp=swiglu",
+    ]
+    words += ["--set", "hidden_size=32", "--set", "num_hidden_layers=1", "--set", "patch_size=2", "--steps", "2"]
+    words += ["--vocab-size", "300", "--lrs", "1e-2", "--seeds", "1", "--hold-out", "fold"]
+    assert main([*words, "--output-dir", str(tmp_path / "runs"), "--json", str(tmp_path / "t.json")]) == 0
+    payload = json.loads((tmp_path / "t.json").read_text())
+    assert [(row["metric"], row["case"]) for row in payload["rows"]] == [
+        (metric, name) for metric in ("accuracy", "macro_accuracy", "loss") for name in ("resonance", "text", "image")
+    ]
+    everything, text, image = (row for row in payload["rows"] if row["metric"] == "macro_accuracy")
+    assert everything["peer_name"] is None
+    assert text["peer_name"] == image["peer_name"] == "resonance"
+    assert text["difference"] == pytest.approx(text["ours"] - everything["ours"])
+    config = load_config(str(tmp_path / "runs" / "image" / "held-out-1" / "lr-0.01-seed-0"))
+    assert (config.modalities, config.mlp) == (("image",), "swiglu")
+    config = load_config(str(tmp_path / "runs" / "resonance" / "held-out-1" / "lr-0.01-seed-0"))
+    assert config.modalities == ("text", "image")
+
+
+@pytest.mark.parametrize(
+    ("models", "variants", "reference"),
+    [
+        (("resonance",), {}, None),
+        (("resonance",), {"small": {}}, "resonance"),
+        (("resonance", "vit"), {"small": {}}, "vit"),
+    ],
+)
+def test_whom_the_others_are_compared_with(models, variants, reference):
+    assert TaskOptions(TrainArguments(data=["x"], output_dir="x"), models, variants).reference == reference
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
+        (
+            ["--variant", "small"],
+            "--variant 'small': must be NAME:FIELD=VALUE, as in --variant deep:num_hidden_layers=8",
+        ),
+        (["--variant", "vit:hidden_size=32"], "variant = 'vit': must be a name of its own"),
+        (["--variant", "../up:hidden_size=32"], "variant = '../up': must be a name of its own"),
+        (["--variant", "small:hiden_size=32"], "config: 'hiden_size' is not a field that can be set"),
+        (["--variant", "small:hidden_size=-1"], "hidden_size = -1"),
         (["--models", "bert"], "'bert' is none for image-classification; choose from resonance, vit"),
         (["--task", "juggling"], "must be one of text-generation"),
         (["--seeds", "0"], "seeds = 0"),

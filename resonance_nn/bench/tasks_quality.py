@@ -8,8 +8,9 @@ output_dir/MODEL/held-out-VALUE/lr-RATE-seed-N/   one where the rows with a valu
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -34,14 +35,33 @@ OURS = "resonance"
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """What to run. ``arguments`` are those of ``resonance train``, but for the folder, the seed and the rate."""
+    """What to run. ``arguments`` are those of ``resonance train``, but for the folder, the seed and the rate.
+
+    ``variants``, by name, are ours with further fields of the configuration, each a contestant beside ``models``.
+    """
 
     arguments: TrainArguments
     models: tuple[str, ...] = (OURS,)
+    variants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     lrs: tuple[float, ...] = (1e-3, 3e-3)
     seeds: int = 3
     hold_out: str | None = None  # a column of the data, each value of which is held out in turn
     output_dir: Path = Path("runs/bench-task")
+
+    @property
+    def contestants(self) -> tuple[str, ...]:
+        return (*self.models, *self.variants)
+
+    @property
+    def reference(self) -> str | None:
+        """Whom the others are compared with: the first that is not ours, else the first, if there are others."""
+        others = [name for name in self.models if name in TASK_PEERS]
+        return others[0] if others else self.contestants[0] if len(self.contestants) > 1 else None
+
+    def arguments_of(self, model: str, **more: Any) -> TrainArguments:
+        """Those of a contestant's run."""
+        a = self.arguments
+        return replace(a, config={**a.config, **self.variants.get(model, {})}, **more)
 
     def check(self) -> None:
         """Raise ValueError naming the option, its value and what is allowed."""
@@ -61,7 +81,12 @@ class TaskOptions:
             raise ValueError(f"hold_out = {self.hold_out!r}: must be a column, each value of which is then held out")
         for lr in self.lrs:
             hold_out = None if self.hold_out is None else f"{self.hold_out}="
-            replace(self.arguments, lr=lr, output_dir=self.output_dir, hold_out=hold_out).check()
+            for name in self.contestants:
+                self.arguments_of(name, lr=lr, output_dir=self.output_dir, hold_out=hold_out).check()
+        for name in self.variants:
+            if name in (OURS, *TASK_PEERS) or not re.fullmatch(r"\w[\w.-]*", name):
+                raise ValueError(f"variant = {name!r}: must be a name of its own, of letters, digits, _, - and .")
+            self.arguments_of(name).model_config(TASKS[task].fields)
 
 
 @dataclass(frozen=True, order=True)
@@ -87,7 +112,7 @@ class Case:
 def build(options: TaskOptions, model: str, config: ResonanceConfig) -> PreTrainedModel:
     """The model of a run, from the global seed, by what the task knows of the data."""
     ours = TASKS[options.arguments.task].architecture
-    if model == OURS:
+    if model not in TASK_PEERS:
         return ours(config)
     with torch.device("meta"):
         parameters = trained(ours(config))
@@ -111,14 +136,14 @@ def run(
     """
     options.check()
     groups = held_out_groups(options)
-    total = len(options.models) * (len(options.lrs) + options.seeds * len(groups) - 1)
+    total = len(options.contestants) * (len(options.lrs) + options.seeds * len(groups) - 1)
     outcomes: dict[Case, dict[str, Any]] = {}
     for case in _cases(options, groups, outcomes):
         progress(len(outcomes) + 1, total, case)
         folder = options.output_dir / case.folder
         begun = (folder / "data" / "run.json").is_file()
-        arguments = replace(
-            options.arguments,
+        arguments = options.arguments_of(
+            case.model,
             output_dir=folder,
             hold_out=None if options.hold_out is None else f"{options.hold_out}={case.held_out}",
             lr=case.lr,
@@ -127,7 +152,7 @@ def run(
             overwrite=overwrite,
         )
         outcomes[case] = train(arguments, partial(build, options, case.model))["summary"]
-    chosen = {name: getattr(options, name) for name in ("models", "lrs", "seeds", "hold_out")}
+    chosen = {name: getattr(options, name) for name in ("models", "variants", "lrs", "seeds", "hold_out")}
     return result(
         "task",
         _rows(options, groups, outcomes),
@@ -154,12 +179,12 @@ def held_out_groups(options: TaskOptions) -> list[str]:
 def _cases(options: TaskOptions, groups: Sequence[str], outcomes: dict[Case, dict[str, Any]]) -> Iterator[Case]:
     """All rates with the first seed and group, model by model; then the best with the other groups and seeds."""
     for lr in options.lrs:
-        for model in options.models:
+        for model in options.contestants:
             yield Case(model, lr, 0, groups[0])
-    best = {model: best_rate(options, outcomes, model, groups[0]) for model in options.models}
+    best = {model: best_rate(options, outcomes, model, groups[0]) for model in options.contestants}
     for seed in range(options.seeds):
         for group in groups[1:] if seed == 0 else groups:
-            for model in options.models:
+            for model in options.contestants:
                 yield Case(model, best[model], seed, group)
 
 
@@ -178,18 +203,21 @@ def best_rate(options: TaskOptions, outcomes: dict[Case, dict[str, Any]], model:
 
 
 def _rows(options: TaskOptions, groups: Sequence[str], outcomes: dict[Case, dict[str, Any]]) -> list[Row]:
-    """A row of each model and figure, over the groups and seeds at its best rate; the peer is the first that is not
-    ours."""
-    rates = {model: best_rate(options, outcomes, model, groups[0]) for model in options.models}
+    """A row of each model and figure, the task's own first, over the groups and seeds at its best rate; the peer is
+    ``options.reference``."""
+    rates = {model: best_rate(options, outcomes, model, groups[0]) for model in options.contestants}
     pairs = [(group, seed) for group in groups for seed in range(options.seeds)]
     runs = {
-        model: [outcomes[Case(model, rates[model], seed, group)] for group, seed in pairs] for model in options.models
+        model: [outcomes[Case(model, rates[model], seed, group)] for group, seed in pairs]
+        for model in options.contestants
     }
-    metrics = dict.fromkeys((TASKS[options.arguments.task].metric, "eval_loss"))  # each once
-    other = next((model for model in options.models if model != OURS), None)
+    figures = [name for name in runs[options.contestants[0]][0] if name.startswith("eval_") and name != "eval_loss"]
+    metrics = dict.fromkeys((TASKS[options.arguments.task].metric, *figures, "eval_loss"))  # each once
+    other = options.reference
+    label = TASK_PEERS[other].label if other in TASK_PEERS else other
     made: list[Row] = []
     for metric in metrics:
-        for model in options.models:
+        for model in options.contestants:
             values, theirs = _values(runs[model], metric), None
             if other is not None and model != other:
                 theirs = _values(runs[other], metric)
@@ -199,7 +227,7 @@ def _rows(options: TaskOptions, groups: Sequence[str], outcomes: dict[Case, dict
                 "metric": metric.removeprefix("eval_"),
                 "ours": fmean(values),
                 "peer": fmean(theirs) if theirs else None,
-                "peer_name": TASK_PEERS[other].label if theirs and other else None,
+                "peer_name": label if theirs else None,
                 "ratio": None,
                 "values": [value if math.isfinite(value) else None for value in values],
                 "interval": confidence95(values),

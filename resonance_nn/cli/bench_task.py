@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,6 +26,10 @@ def task(
     data: Annotated[list[str], typer.Option("--data", help="As of `resonance train`; repeatable.")],
     name: Annotated[str, typer.Option("--task", help="As of `resonance train`.")] = "image-classification",
     models: Annotated[str, typer.Option(help="By commas: resonance, vit, bert, ast, wav2vec2, marian.")] = "resonance",
+    variant: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:FIELD=VALUE", help="Ours with another field, beside the models; repeatable."),
+    ] = None,
     eval_data: Annotated[list[str] | None, typer.Option("--eval-data", help="Held out; default: 5%.")] = None,
     hold_out: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Of the tables: hold out each of its values in turn.")
@@ -79,7 +83,9 @@ def task(
         device=device,
         augment=None if augment is None else names(augment),
     )
-    options = suite.TaskOptions(arguments, names(models), rates, seeds, hold_out, Path(output_dir))
+    options = suite.TaskOptions(
+        arguments, names(models), variant_fields(variant), rates, seeds, hold_out, Path(output_dir)
+    )
 
     def report(number: int, total: int, case: suite.Case) -> None:
         stderr_console.print(f"{number}/{total} {case.title}", markup=False)
@@ -88,6 +94,17 @@ def task(
     _show(payload, console_for(json_path))
     if json_path is not None:
         write_json(json_path, payload)
+
+
+def variant_fields(given: Sequence[str] | None) -> dict[str, dict[str, Any]]:
+    """Those of --variant NAME:FIELD=VALUE by name, which may come several times."""
+    variants: dict[str, dict[str, Any]] = {}
+    for text in given or ():
+        name, _, setting = text.partition(":")
+        if not setting.partition("=")[0] or "=" not in setting:
+            raise ValueError(f"--variant {text!r}: must be NAME:FIELD=VALUE, as in --variant deep:num_hidden_layers=8")
+        variants.setdefault(name, {}).update(config_fields([setting]))
+    return variants
 
 
 def _show(payload: Mapping[str, Any], out: Console) -> None:
