@@ -96,7 +96,7 @@ def train(
     augment: Annotated[
         str | None,
         typer.Option(
-            help="By commas, random changes of training examples. Images: flip, crop, erase; sounds: speed, shift, …",
+            help="By commas, random changes of examples. Texts: drop; images: flip, crop, erase; sounds: speed, …",
             rich_help_panel=OPTIMISER,
         ),
     ] = None,

@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, Wav2Vec2FeatureExtractor
 
-from resonance_nn.config import ResonanceConfig
-from resonance_nn.data.audio import augment, normalised, read_audio
+from resonance_nn.data.audio import normalised, read_audio
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.tables import KINDS, read_table
 from resonance_nn.models.audio import (
@@ -27,13 +26,13 @@ from resonance_nn.models.audio import (
     ResonanceForAudioFrameClassification,
 )
 from resonance_nn.rundir import write_errors
+from resonance_nn.tasks.augment import SOUND_CHANGES, batch_changes
 from resonance_nn.tasks.base import ExamplesTask, Learning, check_files, label_names, name_labels
 from resonance_nn.tasks.images import accuracy
 from resonance_nn.tasks.text import ENCODER, IGNORE
 
 SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif")
 HIGHEST = 16_000  # samples a second, unless the configuration says otherwise
-CHANGES = ("speed", "shift", "gain", "noise")
 Event = tuple[float, float, str]  # start, end in seconds, label
 
 
@@ -105,13 +104,8 @@ class AudioClassification(ExamplesTask):
     fields = ENCODER
     batch_size = 32
     metric = "eval_accuracy"
+    changes = SOUND_CHANGES
     architecture: ClassVar[Any] = ResonanceForAudioClassification
-
-    def initial(self) -> ResonanceConfig:
-        for name in self.arguments.augment or ():
-            if name not in CHANGES:
-                raise ValueError(f"augment = {name!r}: must be of {', '.join(CHANGES)}")
-        return super().initial()
 
     def find(self, path: str) -> list[Sound]:
         return find_sounds(path)
@@ -162,7 +156,7 @@ class AudioClassification(ExamplesTask):
             unit="sounds",
             collate=SoundBatch(config.sampling_rate),
             metrics=self.metrics,
-            augment=self._changed if a.augment else None,
+            augment=batch_changes(a.augment, config.sampling_rate),
             text=f"{len(train_set):,} sounds at {config.sampling_rate:,} Hz and {len(eval_set):,} held out",
         )
 
@@ -174,25 +168,6 @@ class AudioClassification(ExamplesTask):
         """The share of right classes."""
         return accuracy(prediction)
 
-    def _changed(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Each sound of a batch changed at random, by torch's generator."""
-        rng = np.random.default_rng(int(torch.randint(2**31, ())))
-        rate, chosen = self.front_end.sampling_rate, self.arguments.augment or ()
-        device = batch["input_values"].device
-        sounds = [
-            augment(
-                samples[mask.bool()].cpu().numpy(),
-                rate,
-                rng,
-                speed=0.15 if "speed" in chosen else 0.0,
-                shift_seconds=0.05 if "shift" in chosen else 0.0,
-                gain_db=6.0 if "gain" in chosen else 0.0,
-                noise_db=(10.0, 40.0) if "noise" in chosen else None,
-            )
-            for samples, mask in zip(batch["input_values"], batch["attention_mask"], strict=True)
-        ]
-        return {**batch, **{name: value.to(device) for name, value in normalised(sounds).items()}}
-
 
 class AudioEventDetection(AudioClassification):
     """Events of several kinds, which may overlap: a frame is in one whose time its middle is in."""
@@ -200,13 +175,8 @@ class AudioEventDetection(AudioClassification):
     name = "audio-event-detection"
     data = "tables (.jsonl) with audio and events, each with start, end and label"
     metric = "eval_f1"
+    changes = tuple(name for name in SOUND_CHANGES if name not in ("speed", "shift"))  # which move events away
     architecture = ResonanceForAudioFrameClassification
-
-    def initial(self) -> ResonanceConfig:
-        config = super().initial()
-        if moving := [name for name in self.arguments.augment or () if name in ("speed", "shift")]:
-            raise ValueError(f"augment = {moving[0]!r}: would move events away from their times; take gain or noise")
-        return config
 
     def find(self, path: str) -> list[Sound]:
         return find_events(path)

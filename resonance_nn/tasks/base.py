@@ -21,6 +21,7 @@ from resonance_nn.config import ResonanceConfig
 from resonance_nn.data.documents import DataError
 from resonance_nn.loading import load_config, load_weights
 from resonance_nn.models.base import ResonancePreTrainedModel
+from resonance_nn.tasks.augment import check_changes
 
 Build = Callable[[ResonanceConfig], PreTrainedModel]
 
@@ -55,6 +56,7 @@ class Task(ABC):
     fields: ClassVar[Mapping[str, Any]] = {}  # of the configuration, where nobody says otherwise
     batch_size: ClassVar[int] = 64
     metric: ClassVar[str] = "eval_loss"  # the one to name first
+    changes: ClassVar[tuple[str, ...]] = ()  # of examples, that --augment may name
 
     def __init__(self, arguments: TrainArguments, build: Build | None = None) -> None:
         self.arguments = arguments
@@ -64,6 +66,7 @@ class Task(ABC):
         """Check what can be checked without data, and load what the run starts from; the configuration as far as it
         is known. Raises ValueError."""
         a = self.arguments
+        check_changes(a.augment, self.changes, self.name)
         self.start = a.changed(load_config(a.init)) if a.init else a.model_config(self.fields)
         return self.start
 

@@ -5,14 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction
 
@@ -24,6 +24,7 @@ from resonance_nn.image_processor import ResonanceImageProcessor
 from resonance_nn.loading import load_processor, model_folder
 from resonance_nn.models.vision import ResonanceForImageClassification
 from resonance_nn.rundir import write_errors
+from resonance_nn.tasks.augment import IMAGE_CHANGES, batch_changes
 from resonance_nn.tasks.base import ExamplesTask, Learning, check_files, label_names, name_labels
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -124,10 +125,10 @@ class ImageClassification(ExamplesTask):
     fields = {"mixers": ("global_filter",)}  # noqa: RUF012
     batch_size = 128
     metric = "eval_accuracy"
+    changes = IMAGE_CHANGES
     architecture = ResonanceForImageClassification
 
     def initial(self) -> ResonanceConfig:
-        self.augment = augmentation(self.arguments.augment)
         init = self.arguments.init
         self.processor = load_processor(model_folder(init), ResonanceImageProcessor) if init else None
         return super().initial()
@@ -185,14 +186,10 @@ class ImageClassification(ExamplesTask):
             eval_set,
             unit="images",
             collate=PictureBatch(processor),
-            augment=self._changed if self.augment else None,
             metrics=accuracy,
+            augment=batch_changes(self.arguments.augment),
             text=f"{len(train_set):,} images of {shape} and {len(eval_set):,} held out",
         )
-
-    def _changed(self, batch: dict[str, Any]) -> dict[str, Any]:
-        assert self.augment is not None
-        return {**batch, "pixel_values": self.augment(batch["pixel_values"])}
 
 
 class PictureBatch:
@@ -205,43 +202,6 @@ class PictureBatch:
         pixels = torch.from_numpy(np.stack([example["pixels"] for example in examples]))
         labels = torch.tensor([example["labels"] for example in examples])
         return {"pixel_values": self.processor.normalise(pixels), "labels": labels}
-
-
-AUGMENTATIONS = ("flip", "crop", "erase")
-
-
-def augmentation(names: Sequence[str] | None) -> Callable[[Tensor], Tensor] | None:
-    """Random changes of normalised images (B, C, rows, columns), by kornia: "flip" left to right; "crop", shifted by up
-    to an eighth, the mean moving in; "erase", a rectangle of 2–20% set to the mean, in every fourth. None is none.
-
-    Raises:
-        ValueError: an unknown one, or kornia is missing.
-    """
-    if not names:
-        return None
-    for name in names:
-        if name not in AUGMENTATIONS:
-            raise ValueError(f"augment = {name!r}: must be of {', '.join(AUGMENTATIONS)}")
-    try:
-        from kornia import augmentation as kornia
-    except ImportError as error:
-        raise ValueError(f"augment = {', '.join(names)}: needs kornia; pip install 'resonance-nn[images]'") from error
-    steps: list[nn.Module] = []
-    if "flip" in names:
-        steps.append(kornia.RandomHorizontalFlip(p=0.5))
-    if "erase" in names:
-        steps.append(kornia.RandomErasing(p=0.25, scale=(0.02, 0.2)))
-
-    def apply(values: Tensor) -> Tensor:
-        if "crop" in names:
-            rows, columns = values.shape[2:]
-            shift = kornia.RandomCrop((rows, columns), padding=(columns // 8, rows // 8))
-            values = shift(values)
-        for step in steps:
-            values = step(values)
-        return values
-
-    return apply
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:

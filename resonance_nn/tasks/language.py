@@ -28,7 +28,7 @@ from resonance_nn.data import (
 )
 from resonance_nn.data.fim import Sentinels
 from resonance_nn.data.text import documents_fingerprint
-from resonance_nn.loading import load_config, load_tokenizer, load_weights, resolve_model
+from resonance_nn.loading import load_tokenizer, load_weights, resolve_model
 from resonance_nn.models import ResonanceForCausalLM
 from resonance_nn.rundir import write_errors
 from resonance_nn.tasks.base import Learning, Task, training_loss
@@ -45,21 +45,17 @@ class LanguageModelling(Task):
     architecture = ResonanceForCausalLM
 
     def initial(self) -> ResonanceConfig:
-        a = self.arguments
+        a, config = self.arguments, super().initial()
         self.tokenizer: PreTrainedTokenizerBase | None = None
         if a.init:
-            config = a.changed(load_config(a.init))
             load_weights(a.init, self.architecture, config)  # that they can be is checked before anything is written
             self.tokenizer = load_tokenizer(resolve_model(a.init))
         else:
             self.tokenizer = load_tokenizer(a.tokenizer) if a.tokenizer else None
-            config = a.model_config(self.fields)
             with torch.device("meta"):
                 self.build(config)  # the shape alone: checks every field
-        if a.fim:
-            config.fim_rate = a.fim
-            if self.tokenizer is not None:
-                Sentinels.of(self.tokenizer)
+        if a.fim and self.tokenizer is not None:
+            Sentinels.of(self.tokenizer)
         return config
 
     def read(self) -> Sequence[list[Document]]:
@@ -106,7 +102,9 @@ class LanguageModelling(Task):
         self.stores = [TokenStore.open(folder / part) for part in ("train", "eval")]
         train_set, eval_set = _windows(self.stores, a.seq_len)
         text = f"{self.stores[0].num_tokens:,} tokens of text"
-        config = self.initial()
+        config = self.model_config()
+        if a.fim:
+            config.fim_rate = a.fim
         if not a.init:
             config.vocab_size = tokenizer_vocab_size(tokenizer)
             config.bos_token_id, config.eos_token_id = tokenizer.bos_token_id, tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]

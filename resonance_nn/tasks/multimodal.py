@@ -27,6 +27,7 @@ from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceFor
 from resonance_nn.processor import ResonanceProcessor
 from resonance_nn.rundir import write_errors
 from resonance_nn.tasks.audio import common_rate
+from resonance_nn.tasks.augment import IMAGE_CHANGES, SOUND_CHANGES, TEXT_CHANGES, batch_changes
 from resonance_nn.tasks.base import ExamplesTask, Learning, check_files, label_names, name_labels
 from resonance_nn.tasks.images import accuracy, fitted_processor
 from resonance_nn.tasks.text import Examples, retrieval
@@ -56,6 +57,7 @@ class MultimodalClassification(ExamplesTask):
     data = "tables (.jsonl, .csv) with any of text, image, audio, and label"
     metric = "eval_accuracy"
     batch_size = 32
+    changes = TEXT_CHANGES + IMAGE_CHANGES + SOUND_CHANGES
     columns: ClassVar[tuple[str, ...]] = ("label",)
     labels: ClassVar[tuple[str, ...]] = ("labels",)
     architecture: ClassVar[Any] = ResonanceForMultimodalClassification
@@ -153,6 +155,7 @@ class MultimodalClassification(ExamplesTask):
             collate=MultimodalBatch(processor, config, a.seq_len),
             labels=self.labels,
             metrics=self.metrics,
+            augment=batch_changes(a.augment, config.sampling_rate),
             text=f"{len(train_set):,} examples of {', '.join(config.modalities)} and {len(eval_set):,} held out",
         )
 

@@ -25,6 +25,7 @@ from resonance_nn.models.encoder import (
     ResonanceForTokenClassification,
 )
 from resonance_nn.rundir import write_errors
+from resonance_nn.tasks.augment import TEXT_CHANGES, batch_changes
 from resonance_nn.tasks.base import ExamplesTask, Learning, fingerprint, label_names, name_labels
 
 ENCODER = {"mixers": ("spectral_gate", "reversed:spectral_gate")}
@@ -109,6 +110,7 @@ class TextTask(ExamplesTask):
             collate=self.collator,
             labels=self.labels,
             metrics=self.metrics,
+            augment=batch_changes(self.arguments.augment),
             text=f"{len(train_set):,} examples and {len(eval_set):,} held out",
         )
 
@@ -139,6 +141,7 @@ class TextClassification(TextTask):
     data = "tables (.tsv, .csv, .jsonl) with text and label"
     columns, texts = ("text", "label"), ("text",)
     metric = "eval_accuracy"
+    changes = TEXT_CHANGES
     architecture = ResonanceForSequenceClassification
 
     def facts(self, examples: tuple[list[Row], list[Row]]) -> dict[str, Any]:
@@ -195,6 +198,7 @@ class SentenceEmbedding(TextTask):
     data = "tables (.tsv, .csv, .jsonl) with text and pair"
     columns, texts = ("text", "pair"), ("text", "pair")
     metric = "eval_recall@1"
+    changes = TEXT_CHANGES
     labels = ("pair_input_ids",)
     architecture = ResonanceForSentenceEmbedding
 

@@ -14,6 +14,7 @@ from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import decode_bytes, encode_text
 from resonance_nn.data.tables import Row
 from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
+from resonance_nn.tasks.augment import TEXT_CHANGES
 from resonance_nn.tasks.base import Learning
 from resonance_nn.tasks.text import Examples, PaddedBatch, TextTask
 
@@ -32,6 +33,7 @@ class Translation(TextTask):
     columns, texts = ("source", "target"), ("source", "target")
     fields = {}  # noqa: RUF012
     metric = "eval_bleu"
+    changes = TEXT_CHANGES  # of the source
     architecture = ResonanceForConditionalGeneration
 
     def initial(self) -> ResonanceConfig:
