@@ -73,7 +73,7 @@ class Block(nn.Module):
         return x, y, state
 
     def _drop(self, y: Tensor) -> Tensor:
-        return F.dropout(y, self.dropout) if self.dropout > 0 and self.training else y
+        return _dropped(y, self.dropout, self.training)
 
     def run(
         self,
@@ -118,6 +118,10 @@ class Block(nn.Module):
         return y, state if return_state else None, losses
 
 
+def _dropped(y: Tensor, share: float, training: bool) -> Tensor:
+    return F.dropout(y, share) if share > 0 and training else y
+
+
 class Backbone(nn.Module):
     """Blocks and the final norm."""
 
@@ -125,6 +129,7 @@ class Backbone(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.dropout = config.dropout
 
     def forward(
         self,
@@ -158,6 +163,7 @@ class Backbone(nn.Module):
         if padding is not None:
             x, reset, length = padding.apply(x), padding.apply_reset(reset), padding.length
         reset, states = leading_reset(reset, [None] * len(self.blocks) if states is None else list(states))
+        x = _dropped(x, self.dropout, self.training)
         new_states: list[State | None] = []
         hidden: list[Tensor] = []
         for i, block in enumerate(self.blocks):

@@ -100,7 +100,7 @@ class ResonanceConfig(PreTrainedConfig):
         sliding_window: ``sliding_attention``: tokens W that one sees, itself among them.
         rope_theta: base of the rotary frequencies of ``attention`` and ``sliding_attention``.
         norm_eps: epsilon of the RMSNorms.
-        dropout: on the output of each mixer and MLP, while training.
+        dropout: on the tokens' vectors and on the output of each mixer and MLP, while training.
         initializer_range: standard deviation of the linear maps at initialisation.
         pooling: of a text, image or sound to one vector: the "mean" of its tokens, the "last" or the "first".
         image_size: rows and columns of pixels that images are trained at, or one number for both; None where there are

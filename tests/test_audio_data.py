@@ -156,7 +156,7 @@ def test_variants_are_those_of_the_generator_and_can_be_switched_off():
     assert np.array_equal(a, b)
     assert a.dtype == np.float32
     assert not np.array_equal(a[:100], augment(x, 8000, np.random.default_rng(4))[:100])
-    off: dict[str, Any] = dict(speed=0.0, gain_db=0.0, shift_seconds=0.0, noise_db=None)
+    off: dict[str, Any] = dict(speed=0.0, gain_db=0.0, shift_seconds=0.0, mask=0.0, noise_db=None)
     rng = np.random.default_rng(0)
     assert np.array_equal(augment(x, 8000, rng, **off), x)
     for _ in range(5):
@@ -181,6 +181,28 @@ def test_variants_are_those_of_the_generator_and_can_be_switched_off():
             augment(bad, 8000, rng)
     with pytest.raises(ValueError, match=r"speed = 1.5: must be in \[0, 1\)"):
         augment(x, 8000, rng, speed=1.5)
+
+
+def test_a_masked_sound_lacks_a_stretch_and_a_band():
+    rng = np.random.default_rng(0)
+    off: dict[str, Any] = dict(speed=0.0, gain_db=0.0, shift_seconds=0.0, noise_db=None)
+    x = rng.standard_normal(20_000)
+    silent, faint = [], []
+    for _ in range(20):
+        y = augment(x, 8000, rng, mask=0.4, **off)
+        assert len(y) == len(x)
+        there = np.convolve(np.abs(y), np.ones(51) / 51, "same") > 0.1
+        silent.append(1 - there.mean())
+        spectrum = np.convolve(np.abs(np.fft.rfft(y)), np.ones(101) / 101, "same")
+        low = spectrum < 0.3 * np.median(spectrum)
+        faint.append(np.ptp(np.sqrt(np.flatnonzero(low) / len(low))) if low.any() else 0.0)
+        if not there.all():
+            assert np.ptp(np.flatnonzero(~there)) < (~there).sum() + 20, "one stretch"
+    for shares in (silent, faint):
+        assert max(shares) < 0.43
+        assert np.mean(shares) == pytest.approx(0.2, abs=0.07)
+    with pytest.raises(ValueError, match=r"mask = 1: must be in \[0, 1\)"):
+        augment(x, 8000, rng, mask=1)
 
 
 def test_events():

@@ -7,8 +7,8 @@ import torch
 from conftest import relative
 from contract import STACKS, small_model
 
-from resonance_nn import backbone
-from resonance_nn.backbone import Block
+from resonance_nn import ResonanceConfig, backbone
+from resonance_nn.backbone import Backbone, Block
 
 L = 75
 
@@ -86,3 +86,13 @@ def spy(monkeypatch: pytest.MonkeyPatch, segment: int) -> list[int]:
 
     monkeypatch.setattr(Block, "forward", counted)
     return calls
+
+
+def test_dropout_of_the_tokens_vectors():
+    torch.manual_seed(0)
+    backbone = Backbone(ResonanceConfig(hidden_size=32, num_hidden_layers=1, vocab_size=2, dropout=0.25))
+    x = torch.rand(4, 64, 32) + 1
+    entered = backbone.train()(x, return_hidden=True)[2][0]
+    assert float((entered == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
+    assert torch.allclose(entered[entered != 0], (x / 0.75)[entered != 0])
+    assert torch.equal(backbone.eval()(x, return_hidden=True)[2][0], x)

@@ -158,6 +158,7 @@ def augment(
     speed: float = 0.15,
     gain_db: float = 6.0,
     shift_seconds: float = 0.05,
+    mask: float = 0.2,
     noise_db: tuple[float, float] | None = (10.0, 40.0),
 ) -> Samples:
     """One random variant of a sound (n), for training on few speakers; the same for the same state of ``rng``.
@@ -168,6 +169,8 @@ def augment(
         interpolation, which dulls the highest octave a little and folds back what passes the top. 0: off.
     gain_db: louder by up to ± so many decibels. 0: off. Without effect behind a feature extractor that normalises.
     shift_seconds: later or earlier by up to so much; zeros move in, and what moves out is lost. 0: off.
+    mask: silent for a stretch of up to this share of its time, and 30 dB fainter in a band of up to this share of the
+        frequencies, on an axis of their square roots (as SpecAugment, Park et al. 2019, but on samples). 0: off.
     noise_db: white Gaussian noise at a signal-to-noise ratio between the two, in decibels. None: off.
     """
     if samples.ndim != 1 or len(samples) == 0 or samples.dtype.kind != "f":
@@ -177,6 +180,8 @@ def augment(
         )
     if not 0 <= speed < 1:
         raise ValueError(f"speed = {speed}: must be in [0, 1)")
+    if not 0 <= mask < 1:
+        raise ValueError(f"mask = {mask}: must be in [0, 1)")
     y = samples.astype(np.float64)
     if speed > 0:
         factor = rng.uniform(1 - speed, 1 + speed)
@@ -188,6 +193,14 @@ def augment(
         shift = max(-len(y), min(len(y), shift))
         zeros = np.zeros(abs(shift))
         y = np.concatenate((zeros, y[: len(y) - shift]) if shift > 0 else (y[-shift:], zeros))
+    if mask > 0:
+        width = round(rng.uniform(0, mask) * len(y))
+        start = int(rng.integers(len(y) - width + 1))
+        y[start : start + width] = 0
+        spectrum, width = np.fft.rfft(y), rng.uniform(0, mask)
+        axis, low = np.sqrt(np.linspace(0, 1, len(spectrum))), rng.uniform(0, 1 - width)
+        spectrum[(axis >= low) & (axis < low + width)] *= 10 ** (-30 / 20)
+        y = np.fft.irfft(spectrum, len(y))
     if noise_db is not None:
         level = np.sqrt(np.mean(y**2)) * 10 ** (-rng.uniform(*noise_db) / 20)
         y = y + level * rng.standard_normal(len(y))

@@ -14,7 +14,7 @@ from resonance_nn.data.audio import augment, normalised
 
 TEXT_CHANGES = ("drop",)
 IMAGE_CHANGES = ("flip", "crop", "erase")
-SOUND_CHANGES = ("speed", "shift", "gain", "noise")
+SOUND_CHANGES = ("speed", "shift", "gain", "mask", "noise")
 DROPPED = 0.3  # of the tokens
 
 
@@ -101,6 +101,7 @@ def change_sounds(values: Tensor, mask: Tensor, names: Sequence[str], sampling_r
             speed=0.15 if "speed" in names else 0.0,
             shift_seconds=0.05 if "shift" in names else 0.0,
             gain_db=6.0 if "gain" in names else 0.0,
+            mask=0.2 if "mask" in names else 0.0,
             noise_db=(10.0, 40.0) if "noise" in names else None,
         )
         for samples, real in zip(values, mask, strict=True)
