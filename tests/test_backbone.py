@@ -90,9 +90,9 @@ def spy(monkeypatch: pytest.MonkeyPatch, segment: int) -> list[int]:
 
 def test_dropout_of_the_tokens_vectors():
     torch.manual_seed(0)
-    backbone = Backbone(ResonanceConfig(hidden_size=32, num_hidden_layers=1, vocab_size=2, dropout=0.25))
+    stack = Backbone(ResonanceConfig(hidden_size=32, num_hidden_layers=1, vocab_size=2, dropout=0.25))
     x = torch.rand(4, 64, 32) + 1
-    entered = backbone.train()(x, return_hidden=True)[2][0]
+    entered = stack.train()(x, return_hidden=True)[2][0]
     assert float((entered == 0).float().mean()) == pytest.approx(0.25, abs=0.02)
     assert torch.allclose(entered[entered != 0], (x / 0.75)[entered != 0])
-    assert torch.equal(backbone.eval()(x, return_hidden=True)[2][0], x)
+    assert torch.equal(stack.eval()(x, return_hidden=True)[2][0], x)
