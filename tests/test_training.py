@@ -261,11 +261,11 @@ def test_a_run_begun_before_an_argument_existed_had_its_default(arguments, monke
         train(arguments)
     file = arguments.output_dir / "data" / "run.json"
     run = json.loads(file.read_text())
-    for name in ("augment", "recipe", "task"):
+    for name in ("augment", "fim", "recipe", "task"):
         del run["settings"][name]
     file.write_text(json.dumps(run))
-    with pytest.raises(ValueError, match=r"resume: augment was None and is \['flip'\]: give the arguments"):
-        train(replace(arguments, resume=True, augment=["flip"]))
+    with pytest.raises(ValueError, match=r"resume: fim was 0\.0 and is 0\.5: give the arguments"):
+        train(replace(arguments, resume=True, fim=0.5))
     assert train(replace(arguments, resume=True))["summary"]["steps"] == arguments.steps
 
 
