@@ -63,6 +63,17 @@ def test_a_peer_has_our_size_and_learns_from_our_batches(name):
     assert not [name for name in without if "masked_spec_embed" not in name], without
 
 
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_peer_is_smoothed_as_ours_and_in_training_only(name):
+    kind, fields, batch = CASES[name]
+    config = ResonanceConfig(**fields, id2label=LABELS, label_smoothing=0.5)
+    peer, labels = build_task_peer(name, config, trained(kind(config))), torch.tensor([1, 0, 9])
+    for training, smoothing in ((True, 0.5), (False, 0.0)):
+        out = peer.train(training)(**batch, labels=labels)
+        expected = torch.nn.functional.cross_entropy(out.logits, labels, label_smoothing=smoothing)
+        assert torch.allclose(out.loss, expected)
+
+
 def test_a_peer_of_a_memory_has_heads_of_64_channels():
     config = ResonanceConfig(hidden_size=128, num_hidden_layers=2, vocab_size=300, id2label=LABELS)
     assert config.num_heads == 1

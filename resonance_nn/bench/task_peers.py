@@ -67,10 +67,25 @@ def _heads(ours: ResonanceConfig) -> int:
     return max(ours.num_heads, usual_heads(ours.hidden_size))
 
 
-def _vit(ours: ResonanceConfig, size: int) -> PreTrainedModel:
-    assert isinstance(ours.image_size, tuple)
-    shape = {**_shape(ours, size), "image_size": ours.image_size[0], "patch_size": ours.patch_size}
-    return ViTForImageClassification(ViTConfig(**shape, num_channels=ours.num_channels))
+class ViTClassifier(ViTForImageClassification):
+    """ViT and its head of the first token; the loss is ours, smoothed alike."""
+
+    def __init__(self, ours: ResonanceConfig, size: int) -> None:
+        assert isinstance(ours.image_size, tuple)
+        shape = {**_shape(ours, size), "image_size": ours.image_size[0], "patch_size": ours.patch_size}
+        super().__init__(ViTConfig(**shape, num_channels=ours.num_channels))
+        self.ours = ours
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (it is called by names)
+        self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any
+    ) -> SequenceClassifierOutput:
+        return _classified(super().forward(pixel_values).logits, labels, self)
+
+
+def _classified(logits: Tensor, labels: Tensor | None, peer: Any) -> SequenceClassifierOutput:
+    """With our loss of the labels (B), if there are any."""
+    loss = None if labels is None else classification_loss(logits, labels, peer.ours, peer.training)
+    return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
 
 
 class BertClassifier(PreTrainedModel):
@@ -98,9 +113,7 @@ class BertClassifier(PreTrainedModel):
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        logits = self.classifier(self.dropout(pool(hidden, attention_mask, self.ours.pooling)))
-        loss = None if labels is None else classification_loss(logits, labels, self.ours, self.training)
-        return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+        return _classified(self.classifier(self.dropout(pool(hidden, attention_mask, self.ours.pooling))), labels, self)
 
 
 class ASTClassifier(PreTrainedModel):
@@ -131,12 +144,24 @@ class ASTClassifier(PreTrainedModel):
             input_values = input_values.masked_fill(attention_mask == 0, 0)
         samples = nn.functional.pad(input_values, (0, self.samples - input_values.shape[1]))  # or cut, if that is < 0
         spectra = self.front_end._features(samples, None)
-        logits = self.classifier(self.encoder(input_values=spectra).last_hidden_state.mean(1))
-        loss = None if labels is None else classification_loss(logits, labels, self.ours, self.training)
-        return SequenceClassifierOutput(loss=loss, logits=logits)  # type: ignore[arg-type]
+        return _classified(self.classifier(self.encoder(input_values=spectra).last_hidden_state.mean(1)), labels, self)
 
 
-def _wav2vec2(ours: ResonanceConfig, size: int) -> PreTrainedModel:
+class Wav2Vec2Classifier(Wav2Vec2ForSequenceClassification):
+    """wav2vec 2.0 on samples, the mean of its real frames, a linear map; the loss is ours, smoothed alike."""
+
+    def __init__(self, ours: ResonanceConfig, size: int) -> None:
+        super().__init__(_wav2vec2_config(ours, size))
+        self.ours = ours
+
+    def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (it is called by names)
+        self, input_values: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
+    ) -> SequenceClassifierOutput:
+        logits = super().forward(input_values, attention_mask).logits
+        return _classified(logits, labels, self)
+
+
+def _wav2vec2_config(ours: ResonanceConfig, size: int) -> Wav2Vec2Config:
     width = max(16, ours.hidden_size // 2)
     convolutions = {  # of the published seven: a hop of 80 samples, not 320, for sounds of half a second at 8 kHz
         "conv_dim": (width,) * 5,
@@ -147,7 +172,7 @@ def _wav2vec2(ours: ResonanceConfig, size: int) -> PreTrainedModel:
     shape = _shape(ours, size)
     shape |= {"hidden_dropout": shape.pop("hidden_dropout_prob"), "attention_dropout": 0.0, "layerdrop": 0.0}
     shape.pop("attention_probs_dropout_prob")
-    config = Wav2Vec2Config(
+    return Wav2Vec2Config(
         **shape,
         **convolutions,
         num_conv_pos_embeddings=16,
@@ -157,7 +182,6 @@ def _wav2vec2(ours: ResonanceConfig, size: int) -> PreTrainedModel:
         feat_extract_norm="layer",
         do_stable_layer_norm=True,
     )
-    return Wav2Vec2ForSequenceClassification(config)
 
 
 class Marian(MarianMTModel):
@@ -203,11 +227,11 @@ class Marian(MarianMTModel):
 
 
 TASK_PEERS: dict[str, TaskPeer] = {
-    "vit": TaskPeer("ViT", ("image-classification",), _vit),
+    "vit": TaskPeer("ViT", ("image-classification",), ViTClassifier),
     "marian": TaskPeer("Marian", ("translation",), Marian),
     "bert": TaskPeer("BERT-style encoder", ("text-classification",), BertClassifier),
     "ast": TaskPeer("AST", ("audio-classification",), ASTClassifier),
-    "wav2vec2": TaskPeer("wav2vec 2.0-style", ("audio-classification",), _wav2vec2),
+    "wav2vec2": TaskPeer("wav2vec 2.0-style", ("audio-classification",), Wav2Vec2Classifier),
 }
 
 
