@@ -79,7 +79,8 @@ class ViTClassifier(ViTForImageClassification):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (it is called by names)
         self, pixel_values: Tensor, labels: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:
-        return _classified(super().forward(pixel_values).logits, labels, self)
+        out: Any = super().forward(pixel_values)
+        return _classified(out.logits, labels, self)
 
 
 def _classified(logits: Tensor, labels: Tensor | None, peer: Any) -> SequenceClassifierOutput:
@@ -157,8 +158,8 @@ class Wav2Vec2Classifier(Wav2Vec2ForSequenceClassification):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (it is called by names)
         self, input_values: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:
-        logits = super().forward(input_values, attention_mask).logits
-        return _classified(logits, labels, self)
+        out: Any = super().forward(input_values, attention_mask)
+        return _classified(out.logits, labels, self)
 
 
 def _wav2vec2_config(ours: ResonanceConfig, size: int) -> Wav2Vec2Config:
