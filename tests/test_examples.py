@@ -83,3 +83,25 @@ def test_scenes_are_learned(clips: Path, tmp_path: Path):
     )
     assert code == 0
     assert json.loads((tmp_path / "run.json").read_text())["summary"]["eval_f1"] > 0.8
+
+
+def test_long_documents(tmp_path: Path):
+    table, out = tmp_path / "sentences.tsv", tmp_path / "long.tsv"
+    texts = {"good": [f"good{i}" for i in range(5)], "bad": [f"bad{i}" for i in range(7)]}
+    table.write_text("".join(f"{text}\t{label}\n" for label, part in texts.items() for text in part))
+    command = [sys.executable, str(ROOT / "examples/long_documents.py"), str(table), str(out), "--sentences", "50"]
+    made = subprocess.run([*command, "--documents", "8", "--share", "0.7"], capture_output=True, text=True, timeout=120)
+    assert made.returncode == 0, made.stderr
+    rows = [line.split("\t") for line in out.read_text().splitlines()]
+    assert rows[0] == ["text", "label"]
+    assert [label for _, label in rows[1:]] == ["bad", "good"] * 4
+    for text, label in rows[1:]:
+        words = text.split()
+        own = [word in texts[label] for word in words]
+        assert len(words) == 50
+        assert sum(own) == 35
+        assert not all(own[:35])
+    table.write_text("good0\tgood\n")
+    failed = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert failed.returncode == 2
+    assert "has 1 label; it must have two or more" in failed.stderr
