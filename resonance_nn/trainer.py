@@ -35,10 +35,16 @@ class ResonanceTrainer(Trainer):
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         return [f"{name}.weight" for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
         if self.augment is not None:  # here, not in the loader, which is a batch ahead of a checkpoint's generator
-            inputs = self.augment(inputs)
-        return super().training_step(model, inputs, *args, **kwargs)
+            changed = self.augment(inputs)
+            if num_items_in_batch is not None and changed.get("labels") is not inputs.get("labels"):
+                before, after = ((batch["labels"] != -100).sum() for batch in (inputs, changed))
+                num_items_in_batch = num_items_in_batch * after / before  # of as many more targets, still the mean
+            inputs = changed
+        return super().training_step(model, inputs, num_items_in_batch)
 
     def run(self, checkpoint: Path | None) -> None:
         """Train to the end from a checkpoint, which may be of the last step."""

@@ -205,6 +205,17 @@ def tokenizer_vocab_size(tokenizer: PreTrainedTokenizerBase) -> int:
     return _byte_codec(tokenizer).vocab_size
 
 
+def merged_pairs(tokenizer: PreTrainedTokenizerBase) -> dict[int, tuple[int, int]]:
+    """Of each token that was made by a merge, the two tokens that it was made of."""
+    model = json.loads(_byte_codec(tokenizer).core.to_str())["model"]
+    ids: dict[str, int] = model["vocab"]
+    pairs: dict[int, tuple[int, int]] = {}
+    for merge in model["merges"]:
+        a, b = merge.split(" ") if isinstance(merge, str) else merge
+        pairs.setdefault(ids[a + b], (ids[a], ids[b]))
+    return pairs
+
+
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
     """A hash of all that decides the ids of a document: equal for equal tokenizers, whatever their padding."""
     core = json.loads(_byte_codec(tokenizer).core.to_str())

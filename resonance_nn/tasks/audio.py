@@ -156,7 +156,7 @@ class AudioClassification(ExamplesTask):
             unit="sounds",
             collate=SoundBatch(config.sampling_rate),
             metrics=self.metrics,
-            augment=batch_changes(a.augment, config.sampling_rate),
+            augment=batch_changes(a.augment, sampling_rate=config.sampling_rate),
             text=f"{len(train_set):,} sounds at {config.sampling_rate:,} Hz and {len(eval_set):,} held out",
         )
 

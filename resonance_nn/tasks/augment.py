@@ -9,13 +9,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
 
 from resonance_nn.data.audio import augment, normalised
+from resonance_nn.data.tokenizer import merged_pairs
 
-TEXT_CHANGES = ("drop",)
+TEXT_CHANGES = ("split", "drop")
 IMAGE_CHANGES = ("flip", "crop", "erase")
 SOUND_CHANGES = ("speed", "shift", "gain", "mask", "noise")
 DROPPED = 0.3  # of the tokens
+SPLIT = 0.1  # of the merges that made them
+IGNORE = -100
 
 
 def check_changes(names: Sequence[str] | None, known: Sequence[str], task: str) -> None:
@@ -29,22 +34,35 @@ def check_changes(names: Sequence[str] | None, known: Sequence[str], task: str) 
 
 
 def batch_changes(
-    names: Sequence[str] | None, sampling_rate: int = 1
+    names: Sequence[str] | None,
+    *,
+    sampling_rate: int = 1,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    targets: Sequence[str] = (),
 ) -> Callable[[dict[str, Any]], dict[str, Any]] | None:
     """What changes a batch of texts, images, sounds or several of these, by the names in its ``--augment``; None where
-    there are none. ``sampling_rate`` is of the sounds. What a batch does not have is left alone."""
+    there are none. ``sampling_rate`` is of the sounds, ``tokenizer`` of the texts, ``targets`` names those that are
+    texts to be written, padded with −100: they are split, not dropped. What a batch does not have is left alone."""
     if not names:
         return None
+    split = TokenSplitter(tokenizer) if "split" in names and tokenizer is not None else None
     images = image_changes([name for name in names if name in IMAGE_CHANGES])
     sounds = [name for name in names if name in SOUND_CHANGES]
 
     def apply(batch: dict[str, Any]) -> dict[str, Any]:
         changed = dict(batch)
-        if "drop" in names:
-            for name in batch:
-                if name.endswith("input_ids"):
-                    mask = name.removesuffix("input_ids") + "attention_mask"
-                    changed[mask] = drop_tokens(batch[mask])
+        for name in batch:
+            if name.endswith("input_ids"):
+                mask = name.removesuffix("input_ids") + "attention_mask"
+                if split is not None:
+                    rows = split(batch[name], batch[mask].bool())
+                    changed[name] = pad_sequence(rows, batch_first=True, padding_value=split.padding)
+                    changed[mask] = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+                if "drop" in names:
+                    changed[mask] = drop_tokens(changed[mask])
+            elif name in targets and split is not None:
+                rows = split(batch[name], batch[name] != IGNORE)
+                changed[name] = pad_sequence(rows, batch_first=True, padding_value=IGNORE)
         if images is not None and "pixel_values" in batch:
             changed["pixel_values"] = images(batch["pixel_values"])
         if sounds and "input_values" in batch:
@@ -54,6 +72,34 @@ def batch_changes(
         return changed
 
     return apply
+
+
+class TokenSplitter:
+    """Tokens as those that they were merged from: each merge is undone with a probability of 10%, so that words come in
+    ever other pieces, as by BPE-dropout (Provilkov et al. 2020), which leaves merges out at random instead."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.padding: int = tokenizer.pad_token_id or 0  # type: ignore[assignment]
+        pairs = merged_pairs(tokenizer)
+        self.parts = torch.full((max(pairs, default=0) + 1, 2), -1)
+        for token, pair in pairs.items():
+            self.parts[token] = torch.tensor(pair)
+
+    def __call__(self, ids: Tensor, real: Tensor) -> list[Tensor]:
+        """The tokens (B, L) where ``real`` (B, L), row by row."""
+        device, lengths = ids.device, real.sum(1).cpu()
+        flat = ids[real].cpu()
+        rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        open_ = torch.ones_like(flat, dtype=torch.bool)  # merges that were not yet asked
+        while bool(open_.any()):
+            known = flat < len(self.parts)
+            parts = self.parts[flat.where(known, 0)]
+            chosen = open_ & known & (parts[:, 0] >= 0) & (torch.rand(flat.shape) < SPLIT)
+            count = 1 + chosen.long()
+            second = count.cumsum(0)[chosen] - 1
+            flat, rows, open_ = (t.repeat_interleave(count) for t in (flat, rows, chosen))
+            flat[second - 1], flat[second] = parts[chosen].unbind(1)
+        return list(flat.to(device).split(torch.bincount(rows, minlength=len(lengths)).tolist()))
 
 
 def drop_tokens(mask: Tensor) -> Tensor:

@@ -155,7 +155,7 @@ class MultimodalClassification(ExamplesTask):
             collate=MultimodalBatch(processor, config, a.seq_len),
             labels=self.labels,
             metrics=self.metrics,
-            augment=batch_changes(a.augment, config.sampling_rate),
+            augment=batch_changes(a.augment, sampling_rate=config.sampling_rate, tokenizer=processor.tokenizer),
             text=f"{len(train_set):,} examples of {', '.join(config.modalities)} and {len(eval_set):,} held out",
         )
 

@@ -52,6 +52,7 @@ class TextTask(ExamplesTask):
     columns: ClassVar[tuple[str, ...]]  # that a row must have
     texts: ClassVar[tuple[str, ...]]  # those that are texts
     labels: ClassVar[tuple[str, ...]] = ("labels",)
+    written: ClassVar[tuple[str, ...]] = ()  # those of the labels that are tokens of a text
     fields = ENCODER
 
     def initial(self) -> ResonanceConfig:
@@ -110,7 +111,7 @@ class TextTask(ExamplesTask):
             collate=self.collator,
             labels=self.labels,
             metrics=self.metrics,
-            augment=batch_changes(self.arguments.augment),
+            augment=batch_changes(self.arguments.augment, tokenizer=tokenizer, targets=self.written),
             text=f"{len(train_set):,} examples and {len(eval_set):,} held out",
         )
 

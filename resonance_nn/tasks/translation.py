@@ -33,7 +33,8 @@ class Translation(TextTask):
     columns, texts = ("source", "target"), ("source", "target")
     fields = {}  # noqa: RUF012
     metric = "eval_bleu"
-    changes = TEXT_CHANGES  # of the source
+    changes = TEXT_CHANGES  # split: of both sides; drop: of the source
+    written = ("labels",)
     architecture = ResonanceForConditionalGeneration
 
     def initial(self) -> ResonanceConfig:
