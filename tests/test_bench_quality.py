@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from resonance_nn.bench import quality, text
 from resonance_nn.bench.accelerated import accelerate, accelerated_delta_rule
 from resonance_nn.bench.peers import TOLERANCE, build_peer, count
-from resonance_nn.bench.quality import MODELS, Budget, Case, QualityOptions, crossing
+from resonance_nn.bench.quality import crossing
+from resonance_nn.bench.quality_options import BUDGETS, MODELS, OURS, Budget, Case, QualityOptions
 from resonance_nn.cli import main
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import encode_bytes, find_documents
@@ -34,11 +35,11 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("budget", quality.BUDGETS)
+@pytest.mark.parametrize("budget", BUDGETS)
 def test_all_models_of_a_budget_have_equal_parameters(budget: str):
-    options = QualityOptions(budget=quality.BUDGETS[budget])
+    options = QualityOptions(budget=BUDGETS[budget])
     with torch.device("meta"):
-        sizes = {model: count(ResonanceForCausalLM(options.config(model))) for model in quality.OURS}
+        sizes = {model: count(ResonanceForCausalLM(options.config(model))) for model in OURS}
     ours = options.config("default")
     for name in ("llama", "mamba2", "gated_delta"):
         sizes[name] = count(build_peer(name, ours, sizes["default"], 512)[0])
@@ -133,7 +134,7 @@ def test_crossing():
 
 
 def test_run_tunes_each_model_compares_and_resumes(folder, monkeypatch, capsys):
-    monkeypatch.setitem(quality.BUDGETS, "XS", TINY)
+    monkeypatch.setitem(BUDGETS, "XS", TINY)
     arguments = ["bench", "quality", "--budget", "XS", "--models", "default,llama", "--data", str(folder / "text")]
     arguments += [
         "--lengths",
@@ -176,7 +177,7 @@ def test_run_tunes_each_model_compares_and_resumes(folder, monkeypatch, capsys):
 
 def test_finished_models_are_judged_elsewhere(folder, capsys, monkeypatch):
     """Bits per byte of a text are those of the saved weights in windows; what is known is not measured again."""
-    monkeypatch.setitem(quality.BUDGETS, "XS", TINY)
+    monkeypatch.setitem(BUDGETS, "XS", TINY)
     (folder / "other.txt").write_text("line 3 of few, each rather different\n" * 20)
     sentences = [f"line {i} of many, each {word}" for i, word in enumerate("abcdefgh")]
     pairs = [{"sentence_good": a, "sentence_bad": b} for a in sentences[:4] for b in sentences[4:]]
@@ -251,7 +252,7 @@ def test_a_given_rate_is_not_tuned(folder, capsys):
 
 def test_muon_and_other_recipes_train(folder):
     options = QualityOptions(
-        models=tuple(quality.OURS),
+        models=tuple(OURS),
         budget=replace(TINY, seeds=1),
         data=(str(folder / "text"),),
         output_dir=folder / "runs",
@@ -259,7 +260,7 @@ def test_muon_and_other_recipes_train(folder):
         plan=replace(QualityOptions().plan, optimizer="muon"),
     )
     payload = quality.run(options)
-    assert [row["model"] for row in payload["rows"]] == list(quality.OURS)
+    assert [row["model"] for row in payload["rows"]] == list(OURS)
     assert all(row["ours"] < math.log(300) for row in payload["rows"])
 
 

@@ -19,7 +19,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from resonance_nn.bench.accelerated import accelerated_delta_rule
 from resonance_nn.bench.common import Row, figure, result
 from resonance_nn.bench.learning import learn
-from resonance_nn.bench.quality import OURS, Budget, Case, QualityOptions, build
+from resonance_nn.bench.quality import build
+from resonance_nn.bench.quality_options import OURS, Budget, Case, QualityOptions
 from resonance_nn.bench.runs import Plan, described, prepare
 from resonance_nn.bench.tasks import answer_loss, answers
 from resonance_nn.bench.text import text_task, text_tokenizer

@@ -84,15 +84,16 @@ def quality(
     chosen["lengths"] = None if lengths is None else numbers("--lengths", lengths)
 
     from resonance_nn.bench import quality as suite
+    from resonance_nn.bench.quality_options import BUDGETS, QualityOptions
     from resonance_nn.bench.quality_plot import plot as draw
     from resonance_nn.bench.runs import Plan
     from resonance_nn.evaluation import resolve_device
 
-    if budget not in suite.BUDGETS:
-        raise ValueError(f"budget = {budget!r}: must be one of {', '.join(suite.BUDGETS)}")
-    options = suite.QualityOptions(
+    if budget not in BUDGETS:
+        raise ValueError(f"budget = {budget!r}: must be one of {', '.join(BUDGETS)}")
+    options = QualityOptions(
         models=names(models),
-        budget=replace(suite.BUDGETS[budget], **{name: value for name, value in chosen.items() if value is not None}),
+        budget=replace(BUDGETS[budget], **{name: value for name, value in chosen.items() if value is not None}),
         data=tuple(data or ["stdlib"]),
         output_dir=Path(output_dir),
         lrs=rates,
