@@ -5,7 +5,6 @@ Letters as everywhere: B batch, n source tokens, m target tokens, D width, H hea
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,8 @@ from resonance_nn.layers import RMSNorm, ShortConv
 from resonance_nn.mixers.base import real_tokens
 from resonance_nn.ops.delta_rule import delta_rule_chunked
 from resonance_nn.ops.elementwise import short_conv, silu_gate, unit
-from resonance_nn.ops.precision import wide_dtype, without_autocast
+from resonance_nn.ops.fusion import band_energies, band_gates, extent_modes, log_bands
+from resonance_nn.ops.precision import wide_dtype
 
 if TYPE_CHECKING:
     from resonance_nn.config import ResonanceConfig
@@ -96,34 +96,36 @@ class MemoryBridge(Bridge):
 
 
 class SpectralBridge(Bridge):
-    """The source as N Fourier modes over its own extent, read with a complex gate a mode, c_k = q_k + i q_{N+k}:
+    """The source as N Fourier modes over its own extent (``ops.fusion``), gated band by band by its own spectrum, and
+    read with a complex number a mode, c_k = q_k + i q_{N+k}:
 
-        Z_k = (1/n) Σ_s e^{−2πik(s + ½)/n} v_s,  k < N        v_s = W_v h_s        S = [Re Z | Im Z]
-        y   = W_o( RMSNorm(Re Σ_k conj(c_k) Z_k) ∘ silu(z) )
+        F_k  k < N, of v_s = W_v h_s                S = [Re γF | Im γF]
+        γ_j  = 2σ( Σ_i A_ji log(E_i + ε) + a_j )    E_j the energy in band j of a head's modes, bands log-spaced
+        y    = W_o( RMSNorm(Re Σ_k conj(c_k) γ_k F_k) ∘ silu(z) )
 
     With c_k = e^{2πikτ} that is the source around its relative place τ, the sharper the more modes there are; what the
-    tokens say does not matter to where they are found. Z_{k+n} = −Z_k and Z_{n−k} = −conj(Z_k): in a source of n < 2N
-    tokens modes repeat, which adds up at its tokens and cancels between them.
+    tokens say does not matter to where they are found. A source of n tokens has n/2 modes, the others are 0.
     """
 
     def __init__(self, config: ResonanceConfig) -> None:
         super().__init__(config)
+        H, N = config.num_heads, config.num_modes
+        self.bands = log_bands(N, config.num_bands)
+        J = self.bands[-1] + 1
         self.value_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=False)
+        self.gate_weight = nn.Parameter(torch.zeros(H, J, J))
+        self.gate_bias = nn.Parameter(torch.zeros(H, J))
+
+    def initial_values(self) -> dict[str, Tensor]:
+        """γ = 1."""
+        return {name: torch.zeros(self.get_parameter(name).shape) for name in ("gate_weight", "gate_bias")}
 
     def write(self, source: Tensor, length: Tensor | None = None) -> Tensor:
-        Z = extent_modes(self.value_proj(source), self.key_size // 2, length)
-        return Z.unflatten(-1, (self.num_heads, -1)).transpose(1, 2).contiguous()
-
-
-@without_autocast
-def extent_modes(v: Tensor, num_modes: int, length: Tensor | None = None) -> Tensor:
-    """[Re Z | Im Z] (B, 2N, D), Z_k = (1/n) Σ_s e^{−2πik(s + ½)/n} v_s for k < N, in float32 or wider, of v (B, L, D);
-    n = ``length`` (B), with zeros after so many tokens, or L. One matmul: O(L·N·D)."""
-    wide, (k, s) = wide_dtype(v), (torch.arange(size, device=v.device) for size in (num_modes, v.shape[1]))
-    n = torch.tensor(v.shape[1], device=v.device) if length is None else length.clamp(min=1)
-    n = n[..., None, None]  # (1, 1) or (B, 1, 1)
-    angle = math.pi * torch.remainder(k[:, None] * (2 * s + 1), 2 * n).to(wide) / n  # whole turns taken off
-    return torch.cat((angle.cos(), -angle.sin()), dim=-2) / n @ v.to(wide)
+        v, H = self.value_proj(source), self.num_heads
+        modes = extent_modes(v, len(self.bands), real_tokens(source, length))  # (B, N, 2, D)
+        modes = modes.unflatten(-1, (H, -1)).movedim(3, 1)  # (B, H, N, 2, P)
+        gates = band_gates(band_energies(modes, self.bands), self.gate_weight, self.gate_bias)  # (B, H, J)
+        return (modes * gates[..., self.bands, None, None]).transpose(2, 3).flatten(2, 3)
 
 
 BRIDGES: dict[str, type[Bridge]] = {"memory": MemoryBridge, "spectral": SpectralBridge}

@@ -11,8 +11,10 @@ from contract import small_config
 from torch.nn import functional as F
 
 from resonance_nn import ResonanceConfig
-from resonance_nn.bridges import BRIDGES, MemoryBridge, extent_modes
+from resonance_nn.bridges import BRIDGES, MemoryBridge, SpectralBridge
 from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
+from resonance_nn.ops.fusion import extent_modes_reference
+from resonance_nn.ops.spectrum import ENERGY_FLOOR
 from resonance_nn.optim import build_optimizer
 
 
@@ -34,20 +36,28 @@ def test_memory_is_the_delta_rule_over_the_source():
 
 
 @torch.no_grad()
-def test_modes_are_those_of_the_fourier_transform():
-    v = torch.randn(3, 40, 6, dtype=torch.float64)
-    length = torch.tensor([40, 17, 1])
-    v[1, 17:] = v[2, 1:] = 0
-    Z = extent_modes(v, 25, length)
-    for row, n in enumerate(length.tolist()):
-        k = torch.arange(25)
-        turn = torch.exp(-1j * torch.pi * k.double() / n)[:, None]
-        spectrum = torch.fft.fft(v[row, :n], dim=0)[k % n] / n * turn
-        assert relative(Z[row], torch.cat((spectrum.real, spectrum.imag))) < 1e-12
-    assert relative(extent_modes(v[:1], 25), Z[:1]) < 1e-14
-    long = torch.ones(1, 100_000, 1)
-    assert relative(extent_modes(long, 3)[0, :1, 0], torch.ones(1)) < 1e-4
-    assert extent_modes(long, 3)[0, 1:].abs().max() < 1e-4
+def test_spectral_is_the_gated_modes_of_the_source():
+    torch.manual_seed(0)
+    bridge, source = SpectralBridge(small_config()).double(), torch.randn(2, 40, 32, dtype=torch.float64)
+    length = torch.tensor([40, 5])
+    source[1, 5:] = 0
+    S, N, J = bridge.write(source, length), 8, bridge.gate_bias.shape[1]
+    plain = torch.stack(
+        [extent_modes_reference(bridge.value_proj(source[b : b + 1, :n]), N)[0] for b, n in ((0, 40), (1, 5))]
+    )
+    plain = plain.view(2, N, 2, 2, 16).permute(0, 3, 2, 1, 4).reshape(2, 2, 2 * N, 16)  # (B, H, [Re | Im], P)
+    assert relative(S, plain) < 1e-12
+    bridge.gate_bias[0, J - 1], bridge.gate_weight[1, 0, 0] = -1.0, 0.5
+    gated = bridge.write(source, length)
+    last = [k for k, j in enumerate(bridge.bands) if j == J - 1]
+    of_band = [*last, *(N + k for k in last)]
+    others = [i for i in range(2 * N) if i not in of_band]
+    assert relative(gated[:, 0, of_band], 2 * torch.sigmoid(torch.tensor(-1.0)) * plain[:, 0, of_band]) < 1e-6
+    assert relative(gated[:, 0, others], plain[:, 0, others]) < 1e-12
+    energy = plain[:, 1, 0].square().mean(-1)  # of the mean, k = 0, a band of its own
+    gate = 2 * torch.sigmoid(0.5 * (energy + ENERGY_FLOOR).log())
+    assert relative(gated[:, 1, 0], gate[:, None] * plain[:, 1, 0]) < 1e-12
+    assert relative(gated[:, 1, 1:], plain[:, 1, 1:]) < 1e-12
 
 
 @pytest.mark.parametrize("bridge", BRIDGES)
