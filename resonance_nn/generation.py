@@ -30,14 +30,16 @@ from resonance_nn.healing import BeginWith, cut_space
 from resonance_nn.models.causal_lm import ResonanceForCausalLM
 from resonance_nn.streaming import StopAtText, StopText, StopWhen, TextStreamer
 
+SAMPLED = {"temperature": 0.8, "top_k": 0, "top_p": 1.0, "min_p": None, "repetition_penalty": 1.0}  # top_k 0: all
 PREFILL_CHUNK = 8192  # tokens of a prompt in one forward pass: memory does not grow with the prompt
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. None leaves a rule out; ``check`` refuses what is out of range or without effect.
+    """How the next token is chosen; ``check`` refuses what is out of range or without effect.
 
-    Sampling at temperature 0.8 unless ``greedy`` or ``num_beams`` > 1.
+    Sampling, unless ``greedy`` or ``num_beams`` > 1. Then what is None is as the model's ``generation_config.json``
+    says, and where that says nothing the temperature is 0.8 and the rule left out. Other ways take nothing from there.
     """
 
     max_new_tokens: int = 128
@@ -100,16 +102,15 @@ class Sampling:
             do_sample=self.samples,
             num_beams=self.num_beams,
             num_return_sequences=self.num_return_sequences,
-            repetition_penalty=self.repetition_penalty,
+            repetition_penalty=1.0 if self.repetition_penalty is None else self.repetition_penalty,
             suppress_tokens=unknown or None,  # ids that are no text
             eos_token_id=ends,
             pad_token_id=end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
         )
         if self.samples:
-            config.temperature = 0.8 if self.temperature is None else self.temperature
-            config.top_k = self.top_k or 0  # 0 is none; transformers' own default is 50
-            config.top_p = 1.0 if self.top_p is None else self.top_p
-            config.min_p = self.min_p
+            for name, otherwise in SAMPLED.items():
+                given, own = getattr(self, name), getattr(model.generation_config, name, None)
+                setattr(config, name, given if given is not None else otherwise if own is None else own)
         return config
 
 

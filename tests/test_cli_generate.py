@@ -7,9 +7,11 @@ import json
 import os
 import signal
 import sys
+from typing import Any
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from resonance_nn import ResonanceCache, ResonanceConfig, ResonanceForCausalLM, generation
 from resonance_nn.cli import main
@@ -216,6 +218,23 @@ def test_no_token_outside_the_tokenizer(loaded):
     ((completion,),) = complete(model, tokenizer, [[0]], hot)
     decode_bytes(tokenizer, completion.ids)
     assert max(completion.ids) < len(tokenizer) < model.config.vocab_size
+
+
+def test_a_model_brings_its_own_sampling(loaded, monkeypatch):
+    model, tokenizer = loaded
+    own = GenerationConfig(temperature=1.5, top_p=0.9, repetition_penalty=1.3)
+
+    def text(**settings: Any) -> str:
+        return complete(model, tokenizer, [[0, 70]], Sampling(max_new_tokens=40, **settings))[0][0].text
+
+    said = {"temperature": 1.5, "top_p": 0.9, "repetition_penalty": 1.3}
+    plain, expected, greedy = text(seed=3), text(seed=3, **said), text(greedy=True)
+    colder = text(seed=3, **{**said, "temperature": 0.5})
+    monkeypatch.setattr(model, "generation_config", own)
+    assert text(seed=3) == expected != plain
+    assert text(seed=3, temperature=0.5) == colder != expected
+    assert text(seed=3, temperature=0.8, top_p=1.0, repetition_penalty=1.0) == plain
+    assert text(greedy=True) == greedy
 
 
 def test_saved_state_continues_as_if_never_saved(run, folder, loaded, tmp_path, fed, monkeypatch):

@@ -44,7 +44,11 @@ _SAMPLING, _STATE, _OUTPUT = "Choice of the next token", "Saved state", "Output"
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", help="Tokens to generate at most.")]
 TemperatureOption = Annotated[
     float | None,
-    typer.Option("--temperature", help="Below 1 is safer, above bolder. [default: 0.8]", rich_help_panel=_SAMPLING),
+    typer.Option(
+        "--temperature",
+        help="Below 1 is safer, above bolder. [default: the model's, or 0.8]",
+        rich_help_panel=_SAMPLING,
+    ),
 ]
 TopKOption = Annotated[
     int | None, typer.Option("--top-k", help="Only the K likeliest tokens.", rich_help_panel=_SAMPLING)
