@@ -149,7 +149,8 @@ def _checkpoint_folder(folder: Path) -> Path:
         return folder
     numbered = [(int(m[1]), p) for p in _folders(folder) if (m := re.fullmatch(r"checkpoint-(\d+)", p.name))]
     for _, path in sorted(numbered, reverse=True):
-        if all((path / file).is_file() for file in ("config.json", "tokenizer.json")) and _has_weights(path):
+        of_inputs = any((path / file).is_file() for file in ("tokenizer.json", *PROCESSORS))
+        if (path / "config.json").is_file() and of_inputs and _has_weights(path):
             logger.warning("%s is an unfinished training run: taking %s", folder, path.name)
             return path
     if numbered:

@@ -146,6 +146,17 @@ def test_resume_is_bit_equal(task, data, tmp_path):
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize("task", ["image-classification", "audio-classification", "text-classification"])
+def test_an_unfinished_run_predicts_from_its_checkpoint(task, data, tmp_path, capsys):
+    assert main(words_of(task, data, tmp_path / "m", 4, "--save-every", "2")) == 0
+    for path in (tmp_path / "m").iterdir():
+        if path.is_file():
+            path.unlink()
+    capsys.readouterr()
+    assert main(["predict", str(tmp_path / "m"), str(data / CASES[task][0])]) == 0
+    assert "inputs whose label is known are right" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("task", CASES)
 def test_predict(task, data, tmp_path, capsys):
     """Right about what it has learned, in a table, as JSON and as a picture."""
