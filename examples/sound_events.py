@@ -38,8 +38,6 @@ def scene(
     for _ in range(rng.integers(1, 6)):
         chosen = clips[int(rng.integers(len(clips)))]
         clip = read_audio(chosen.path, rate)
-        if len(clip) >= samples:
-            continue
         start = int(rng.integers(samples - len(clip)))
         stop = start + len(clip)
         if any(start < b and a < stop for a, b, _ in events):
@@ -85,7 +83,12 @@ def main() -> None:
             order = np.random.default_rng(0).permutation(len(clips))
             part = max(1, len(clips) // 10)
             held_out, clips = [clips[i] for i in order[:part]], [clips[i] for i in order[part:]]
+        if not clips:
+            parser.error("one clip: two or more are needed, one to train on and one held out")
         rate = common_rate([sound.path for sound in clips])
+        for sound in (*clips, *held_out):
+            if len(read_audio(sound.path, rate)) >= round(options.seconds * rate):
+                parser.error(f"{sound.path}: is as long as a scene of {options.seconds:g} s; give more --seconds")
         for name, count, some in (("train", options.train, clips), ("held-out", options.held_out, held_out)):
             write_scenes(options.scenes, name, count, some, rate, options.seconds, tuple(options.snr))
     except DataError as error:

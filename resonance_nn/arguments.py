@@ -63,6 +63,7 @@ class TrainArguments:
     optimizer: str = "muon"  # or "adamw", see resonance_nn.optim
     weight_decay: float = 0.1
     clip: float = 1.0  # 0 turns it off
+    r_drop: float = 0.0  # how much two passes with different dropout are to agree, see resonance_nn.trainer
     augment: Sequence[str] | None = None  # what to change training examples by at random; the task says what there is
     precision: str = "auto"
     device: str = "auto"
@@ -112,7 +113,7 @@ class TrainArguments:
         for name, most in (("steps", 10**9), ("epochs", 10**6), ("tokens", 10**15)):
             if (getattr(self, name) or 0) > most:
                 refuse(name, f"≤ {most:,}")
-        for name in ("warmup", "weight_decay", "clip"):
+        for name in ("warmup", "weight_decay", "clip", "r_drop"):
             if not 0 <= getattr(self, name) < math.inf:
                 refuse(name, "≥ 0 and finite")
         if not 0 <= self.fim <= 1:

@@ -103,7 +103,7 @@ class SpectralBridge(Bridge):
         γ_j  = 2σ( Σ_i A_ji log(E_i + ε) + a_j )    E_j the energy in band j of a head's modes, bands log-spaced
         y    = W_o( RMSNorm(Re Σ_k conj(c_k) γ_k F_k) ∘ silu(z) )
 
-    With c_k = e^{2πikτ} that is the source around its relative place τ, the sharper the more modes there are; what the
+    With c_k = e^{−2πikτ} that is the source around its relative place τ, the sharper the more modes there are; what the
     tokens say does not matter to where they are found. A source of n tokens has n/2 modes, the others are 0.
     """
 

@@ -39,7 +39,8 @@ class Sampling:
     """How the next token is chosen; ``check`` refuses what is out of range or without effect.
 
     Sampling, unless ``greedy`` or ``num_beams`` > 1. Then what is None is as the model's ``generation_config.json``
-    says, and where that says nothing the temperature is 0.8 and the rule left out. Other ways take nothing from there.
+    says, and where that says nothing the temperature is 0.8 and the rule left out. Greedy decoding and beams take no
+    repetition penalty from there; settings that are not named here are the file's, as everywhere in transformers.
     """
 
     max_new_tokens: int = 128

@@ -90,6 +90,7 @@ def train(arguments: TrainArguments, build: Build | None = None) -> dict[str, An
     trainer.add_callback(progress)
     trainer.add_callback(interrupt)
     trainer.keep, trainer.optimizer_name, trainer.augment = arguments.keep, arguments.optimizer, learning.augment
+    trainer.r_drop, trainer.lengths = arguments.r_drop, learning.lengths
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     progress.say(
         f"{parameters / 1e6:.2f}M parameters, {steps:,} steps of {per_step:,} {learning.unit}, {learning.text}, "

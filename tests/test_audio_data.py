@@ -156,7 +156,7 @@ def test_variants_are_those_of_the_generator_and_can_be_switched_off():
     assert np.array_equal(a, b)
     assert a.dtype == np.float32
     assert not np.array_equal(a[:100], augment(x, 8000, np.random.default_rng(4))[:100])
-    off: dict[str, Any] = dict(speed=0.0, gain_db=0.0, shift_seconds=0.0, mask=0.0, noise_db=None)
+    off: dict[str, Any] = dict(speed=0.0, shift_seconds=0.0, mask=0.0, noise_db=None)
     rng = np.random.default_rng(0)
     assert np.array_equal(augment(x, 8000, rng, **off), x)
     for _ in range(5):
@@ -165,10 +165,6 @@ def test_variants_are_those_of_the_generator_and_can_be_switched_off():
         assert 0.79 < factor < 1.21
         peak = np.abs(np.fft.rfft(y, 40000)).argmax() / 40000
         assert abs(peak / 0.05 - factor) < 0.01  # pitch goes with tempo
-        y = augment(x, 8000, rng, **{**off, "gain_db": 6.0})
-        ratio = y[1:20] / x[1:20]
-        assert np.ptp(ratio) < 1e-4
-        assert 0.49 < ratio[0] < 2.0
         y = augment(x, 8000, rng, **{**off, "noise_db": (20.0, 20.0)})
         assert abs(10 * np.log10((x**2).mean() / ((y - x) ** 2).mean()) - 20) < 1
         y = augment(np.ones(4000), 8000, rng, **{**off, "shift_seconds": 0.05})
@@ -185,7 +181,7 @@ def test_variants_are_those_of_the_generator_and_can_be_switched_off():
 
 def test_a_masked_sound_lacks_a_stretch_and_a_band():
     rng = np.random.default_rng(0)
-    off: dict[str, Any] = dict(speed=0.0, gain_db=0.0, shift_seconds=0.0, noise_db=None)
+    off: dict[str, Any] = dict(speed=0.0, shift_seconds=0.0, noise_db=None)
     x = rng.standard_normal(20_000)
     silent, faint = [], []
     for _ in range(20):

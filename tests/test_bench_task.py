@@ -64,6 +64,28 @@ def test_a_peer_has_our_size_and_learns_from_our_batches(name):
 
 
 @pytest.mark.parametrize("name", list(CASES))
+@torch.no_grad()
+def test_without_dropout_a_peer_in_training_has_none(name):
+    kind, fields, batch = CASES[name]
+    config = ResonanceConfig(**fields, id2label=LABELS)
+    peer = build_task_peer(name, config, trained(kind(config))).train()
+    assert torch.equal(peer(**batch).logits, peer(**batch).logits)
+
+
+def test_a_peer_of_pictures_that_are_not_square():
+    config = ResonanceConfig(**{**IMAGES, "image_size": (28, 42), "patch_size": 7}, id2label=LABELS)
+    peer = build_task_peer("vit", config, trained(ResonanceForImageClassification(config)))
+    assert peer(torch.randn(2, 1, 28, 42)).logits.shape == (2, 10)
+
+
+def test_bert_reads_512_tokens():
+    config = ResonanceConfig(**ENCODER, vocab_size=300, id2label=LABELS)
+    peer = build_task_peer("bert", config, trained(ResonanceForSequenceClassification(config))).eval()
+    ids, mask = torch.randint(0, 300, (2, 600)), torch.ones(2, 600, dtype=torch.long)
+    assert torch.equal(peer(ids, mask).logits, peer(ids[:, :512], mask[:, :512]).logits)
+
+
+@pytest.mark.parametrize("name", list(CASES))
 def test_a_peer_is_smoothed_as_ours_and_in_training_only(name):
     kind, fields, batch = CASES[name]
     config = ResonanceConfig(**fields, id2label=LABELS, label_smoothing=0.5)

@@ -85,6 +85,17 @@ def test_scenes_are_learned(clips: Path, tmp_path: Path):
     assert json.loads((tmp_path / "run.json").read_text())["summary"]["eval_f1"] > 0.8
 
 
+def test_clips_that_make_no_scenes(clips: Path, tmp_path: Path):
+    out = scenes(clips, tmp_path / "scenes", "--seconds", "0.4")
+    assert out.returncode == 2
+    assert ".wav: is as long as a scene of 0.4 s; give more --seconds" in out.stderr
+    (tmp_path / "one" / "low").mkdir(parents=True)
+    (clips / "low" / "0.wav").rename(tmp_path / "one" / "low" / "0.wav")
+    out = scenes(tmp_path / "one", tmp_path / "scenes")
+    assert out.returncode == 2
+    assert "one clip: two or more are needed" in out.stderr
+
+
 def test_long_documents(tmp_path: Path):
     table, out = tmp_path / "sentences.tsv", tmp_path / "long.tsv"
     texts = {"good": [f"good{i}" for i in range(5)], "bad": [f"bad{i}" for i in range(7)]}

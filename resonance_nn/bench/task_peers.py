@@ -35,9 +35,8 @@ from resonance_nn.models.pooling import classification_loss, label_head, pool
 from resonance_nn.models.seq2seq import target_loss
 
 SECONDS = 1.0  # of sound that AST sees, which needs a fixed length: more is cut off, less is followed by silence
-POSITIONS = (
-    2048  # tokens that Marian can read or write: a source may have 1,019, since twice that and 10 may be written
-)
+POSITIONS_OF_BERT = 512  # tokens that it reads, as published: the rest is cut off
+POSITIONS = 16384  # tokens that Marian can read or write, sinusoids all: more than a source twice as long as usual
 
 
 @dataclass(frozen=True)
@@ -72,7 +71,7 @@ class ViTClassifier(ViTForImageClassification):
 
     def __init__(self, ours: ResonanceConfig, size: int) -> None:
         assert isinstance(ours.image_size, tuple)
-        shape = {**_shape(ours, size), "image_size": ours.image_size[0], "patch_size": ours.patch_size}
+        shape = {**_shape(ours, size), "image_size": ours.image_size, "patch_size": ours.patch_size}
         super().__init__(ViTConfig(**shape, num_channels=ours.num_channels))
         self.ours = ours
 
@@ -100,7 +99,7 @@ class BertClassifier(PreTrainedModel):
             **_shape(ours, size),
             vocab_size=ours.vocab_size,
             pad_token_id=ours.pad_token_id or 0,
-            max_position_embeddings=512,
+            max_position_embeddings=POSITIONS_OF_BERT,
             type_vocab_size=1,
         )
         super().__init__(config)
@@ -113,6 +112,8 @@ class BertClassifier(PreTrainedModel):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:
+        input_ids = input_ids[:, :POSITIONS_OF_BERT]
+        attention_mask = None if attention_mask is None else attention_mask[:, :POSITIONS_OF_BERT]
         hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         return _classified(self.classifier(self.dropout(pool(hidden, attention_mask, self.ours.pooling))), labels, self)
 
@@ -172,6 +173,7 @@ def _wav2vec2_config(ours: ResonanceConfig, size: int) -> Wav2Vec2Config:
     }
     shape = _shape(ours, size)
     shape |= {"hidden_dropout": shape.pop("hidden_dropout_prob"), "attention_dropout": 0.0, "layerdrop": 0.0}
+    shape["activation_dropout"] = 0.0
     shape.pop("attention_probs_dropout_prob")
     return Wav2Vec2Config(
         **shape,
@@ -217,14 +219,19 @@ class Marian(MarianMTModel):
         self.ours = ours
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride] (it is called by names)
-        self, *args: Any, labels: Tensor | None = None, num_items_in_batch: Tensor | int | None = None, **inputs: Any
+        self,
+        *args: Any,
+        labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        return_logits: bool = False,
+        **inputs: Any,
     ) -> Seq2SeqLMOutput:
         if labels is None:
             return super().forward(*args, **inputs)
         ids = self.prepare_decoder_input_ids_from_labels(labels)
         hidden = self.model(*args, **inputs, decoder_input_ids=ids, use_cache=False).last_hidden_state
         loss = target_loss(hidden, self.lm_head, labels, self.ours, self.training, num_items_in_batch)
-        return Seq2SeqLMOutput(loss=loss)  # type: ignore[arg-type]
+        return Seq2SeqLMOutput(loss=loss, logits=self.lm_head(hidden) if return_logits else None)  # type: ignore[arg-type]
 
 
 TASK_PEERS: dict[str, TaskPeer] = {

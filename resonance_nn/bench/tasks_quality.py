@@ -25,8 +25,10 @@ from resonance_nn.bench.common import Row, result
 from resonance_nn.bench.fit import confidence95
 from resonance_nn.bench.task_peers import TASK_PEERS, build_task_peer, trained
 from resonance_nn.config import ResonanceConfig
+from resonance_nn.data.documents import DataError
 from resonance_nn.evaluation import finite, resolve_device
 from resonance_nn.tasks import TASKS
+from resonance_nn.tasks.augment import CHANGES
 from resonance_nn.tasks.base import ExamplesTask
 from resonance_nn.training import train
 
@@ -59,9 +61,12 @@ class TaskOptions:
         return others[0] if others else self.contestants[0] if len(self.contestants) > 1 else None
 
     def arguments_of(self, model: str, **more: Any) -> TrainArguments:
-        """Those of a contestant's run."""
+        """Those of a contestant's run: without changes of modalities that a variant leaves out."""
         a = self.arguments
-        return replace(a, config={**a.config, **self.variants.get(model, {})}, **more)
+        config = {**a.config, **self.variants.get(model, {})}
+        gone = [name for kind in CHANGES if kind not in config.get("modalities", CHANGES) for name in CHANGES[kind]]
+        augment = a.augment and [name for name in a.augment if name not in gone]
+        return replace(a, config=config, augment=augment, **more)
 
     def check(self) -> None:
         """Raise ValueError naming the option, its value and what is allowed."""
@@ -164,7 +169,7 @@ def run(
 
 def held_out_groups(options: TaskOptions) -> list[str]:
     """The values of the column to hold out; [""] without one. Raises ValueError where there is no such column, or only
-    one value."""
+    one value, or where without one of them a label is not learned."""
     column = options.hold_out
     if column is None:
         return [""]
@@ -173,6 +178,13 @@ def held_out_groups(options: TaskOptions) -> list[str]:
     groups = task.values(column)
     if len(groups) < 2:
         raise ValueError(f"hold_out = {column!r}: has one value, {groups[0]!r}; to hold each out takes two or more")
+    for group in groups:
+        part = TASKS[options.arguments.task](replace(options.arguments, hold_out=f"{column}={group}"))
+        assert isinstance(part, ExamplesTask)
+        try:
+            part.check_labels(*part.read())
+        except DataError as error:
+            raise DataError(f"hold_out = {column!r}: without {group!r}, {error}") from error
     return groups
 
 

@@ -41,6 +41,7 @@ def task(
     config: SetOption = None,
     mixers: Annotated[str | None, typer.Option(help="Of ours, by commas.", show_default="the task's")] = None,
     dropout: Annotated[float | None, typer.Option(help="In [0, 1), of all models.", show_default="0")] = None,
+    r_drop: Annotated[float, typer.Option(help="As of `resonance train`.")] = 0.0,
     augment: Annotated[str | None, typer.Option(help="As of `resonance train`.", show_default=False)] = None,
     lrs: Rates = "1e-3,3e-3",
     seeds: Annotated[int, typer.Option(help="Of weights and batches.")] = 3,
@@ -81,6 +82,7 @@ def task(
         weight_decay=weight_decay,
         precision=precision,
         device=device,
+        r_drop=r_drop,
         augment=None if augment is None else names(augment),
     )
     options = suite.TaskOptions(

@@ -167,6 +167,7 @@ def generate(
 
     from resonance_nn import generation
     from resonance_nn.data.tokenizer import encode_bytes
+    from resonance_nn.healing import cut_space
     from resonance_nn.machine import machine_info, versions
 
     sampling = generation.Sampling(
@@ -197,7 +198,9 @@ def generate(
     if save_state is not None:
         import torch
 
-        cache = generation.prefill(lm, torch.tensor(ids, device=lm.device), cache=cache)
+        # the white space at the end stays unread, for what is generated now or later to spell it anew
+        read = cut_space(tokenizer, ids[0], max(2, 0 if cache is None else cache.get_seq_length() + 1))[0]
+        cache = generation.prefill(lm, torch.tensor([read], device=lm.device), cache=cache)
         generation.save_state(save_state, lm, cache, ids[0])
         stderr_console.print(
             f"saved the state after {len(ids[0]):,} tokens ({cache.num_bytes():,} bytes) to {save_state}",

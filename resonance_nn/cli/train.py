@@ -93,6 +93,9 @@ def train(
         float, typer.Option(help="On linear maps and embeddings.", rich_help_panel=OPTIMISER)
     ] = 0.1,
     clip: Annotated[float, typer.Option(help="Largest gradient norm; 0: no limit.", rich_help_panel=OPTIMISER)] = 1.0,
+    r_drop: Annotated[
+        float, typer.Option(help="R-Drop's α: two passes, to agree; 5 is usual.", rich_help_panel=OPTIMISER)
+    ] = 0.0,
     augment: Annotated[
         str | None,
         typer.Option(
@@ -168,6 +171,7 @@ def train(
         optimizer=optimizer,
         weight_decay=weight_decay,
         clip=clip,
+        r_drop=r_drop,
         augment=None if augment is None else tuple(name.strip() for name in augment.split(",")),
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,

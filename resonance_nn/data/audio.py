@@ -156,7 +156,6 @@ def augment(
     rng: np.random.Generator,
     *,
     speed: float = 0.15,
-    gain_db: float = 6.0,
     shift_seconds: float = 0.05,
     mask: float = 0.2,
     noise_db: tuple[float, float] | None = (10.0, 40.0),
@@ -167,7 +166,6 @@ def augment(
 
     speed: played faster by a factor in 1 ± speed, so that pitch, formants, tempo and length change together. By linear
         interpolation, which dulls the highest octave a little and folds back what passes the top. 0: off.
-    gain_db: louder by up to ± so many decibels. 0: off. Without effect behind a feature extractor that normalises.
     shift_seconds: later or earlier by up to so much; zeros move in, and what moves out is lost. 0: off.
     mask: silent for a stretch of up to this share of its time, and 30 dB fainter in a band of up to this share of the
         frequencies, on an axis of their square roots (as SpecAugment, Park et al. 2019, but on samples). 0: off.
@@ -186,8 +184,6 @@ def augment(
     if speed > 0:
         factor = rng.uniform(1 - speed, 1 + speed)
         y = np.interp(np.arange(max(1, round(len(y) / factor))) * factor, np.arange(len(y)), y)
-    if gain_db > 0:
-        y = y * 10 ** (rng.uniform(-gain_db, gain_db) / 20)
     if shift_seconds > 0:
         shift = round(rng.uniform(-shift_seconds, shift_seconds) * sampling_rate)
         shift = max(-len(y), min(len(y), shift))

@@ -17,7 +17,7 @@ from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceFor
 from resonance_nn.plots import plot_retrieval
 from resonance_nn.prediction.base import Batch, Found, Predictor
 from resonance_nn.processor import ResonanceProcessor
-from resonance_nn.tasks.multimodal import MultimodalBatch, read_rows
+from resonance_nn.tasks.multimodal import ORIGIN, MultimodalBatch, read_rows
 
 SHOWN = 8  # queries of a sheet
 THUMBNAIL = 256  # pixels of a side at least, where a picture is larger
@@ -39,7 +39,7 @@ class MultimodalPredictor(Predictor):
             if not any(row[name] for name in kinds):
                 raise DataError(f"{row['name']}: has none of {', '.join(kinds)}")
             own = {name: row[name] for name in MODALITIES}
-            found.append({"name": row["name"], "input": said_of(row, kinds), **own, **self.truth(row)})
+            found.append({"name": row[ORIGIN], "input": said_of(row, kinds), **own, **self.truth(row)})
         return found
 
     def truth(self, row: Row) -> Found:

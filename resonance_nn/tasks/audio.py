@@ -100,6 +100,7 @@ class AudioClassification(ExamplesTask):
     ``sampling_rate`` is given."""
 
     name = "audio-classification"
+    predicts_classes = True
     data = "a folder with a folder a class, or tables (.csv, .tsv, .jsonl) with audio and label"
     fields = ENCODER
     batch_size = 32
@@ -173,9 +174,10 @@ class AudioEventDetection(AudioClassification):
     """Events of several kinds, which may overlap: a frame is in one whose time its middle is in."""
 
     name = "audio-event-detection"
+    predicts_classes = False  # but which of them are heard, each by itself
     data = "tables (.jsonl) with audio and events, each with start, end and label"
     metric = "eval_f1"
-    changes = ("gain", "noise")  # the others move events away, or silence them
+    changes = ("noise",)  # the others move events away, or silence them
     architecture = ResonanceForAudioFrameClassification
 
     def find(self, path: str) -> list[Sound]:

@@ -40,6 +40,7 @@ class Learning:
     metrics: Callable[[EvalPrediction], dict[str, float]] | None = None
     labels: tuple[str, ...] = ("labels",)  # inputs that a batch has where a loss can be computed
     augment: Callable[[dict[str, Any]], dict[str, Any]] | None = None  # random changes of a batch to train on
+    lengths: Sequence[int] | None = None  # of the training examples, where batches are padded
     loss_unit: str = "nats"
     text: str = ""  # about the data, for people
 
@@ -57,6 +58,7 @@ class Task(ABC):
     batch_size: ClassVar[int] = 64
     metric: ClassVar[str] = "eval_loss"  # the one to name first
     changes: ClassVar[tuple[str, ...]] = ()  # of examples, that --augment may name
+    predicts_classes: ClassVar[bool] = False  # one class, or one after the other: what --r-drop is for
 
     def __init__(self, arguments: TrainArguments, build: Build | None = None) -> None:
         self.arguments = arguments
@@ -68,6 +70,12 @@ class Task(ABC):
         a = self.arguments
         check_changes(a.augment, self.changes, self.name)
         self.start = a.changed(load_config(a.init)) if a.init else a.model_config(self.fields)
+        if a.r_drop and not self.predicts_classes:
+            raise ValueError(f"r_drop = {a.r_drop!r}: {self.name} has no classes to agree on; leave it out")
+        if a.r_drop and not self.start.dropout:
+            raise ValueError(
+                f"r_drop = {a.r_drop!r}: both passes are the same without dropout; give --dropout 0.1, say"
+            )
         return self.start
 
     @abstractmethod
@@ -140,6 +148,12 @@ class ExamplesTask(Task):
     def values(self, column: str) -> list[str]:
         """What the examples have in a column of their tables, each once, sorted, numbers by value. Raises DataError."""
         return sorted_names(set(self._values(self._found(self.arguments.data), column)))
+
+    def check_labels(self, train: Sequence[Any], held_out: Sequence[Any]) -> None:
+        """Raise DataError where held-out rows have a label that no training row has."""
+        learned, asked = ([str(row.get("label")) for row in map(self.row, part)] for part in (train, held_out))
+        if self.predicts_classes and "None" not in learned:
+            label_names(learned, asked)
 
     def _found(self, paths: Iterable[str]) -> list[Any]:
         return [example for path in paths for example in self.find(path)]

@@ -121,6 +121,7 @@ class ImageClassification(ExamplesTask):
     """Pictures in one size, which is the commonest of the training ones unless ``image_size`` is given."""
 
     name = "image-classification"
+    predicts_classes = True
     data = "a folder with a folder a class, a table with image and label, or MNIST's files (…images-idx3-ubyte.gz)"
     fields = {"mixers": ("global_filter",)}  # noqa: RUF012
     batch_size = 128

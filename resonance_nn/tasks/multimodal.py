@@ -27,25 +27,27 @@ from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceFor
 from resonance_nn.processor import ResonanceProcessor
 from resonance_nn.rundir import write_errors
 from resonance_nn.tasks.audio import common_rate
-from resonance_nn.tasks.augment import IMAGE_CHANGES, SOUND_CHANGES, TEXT_CHANGES, batch_changes
+from resonance_nn.tasks.augment import CHANGES, batch_changes
 from resonance_nn.tasks.base import ExamplesTask, Learning, check_files, label_names, name_labels
 from resonance_nn.tasks.images import accuracy, fitted_processor
 from resonance_nn.tasks.text import Examples, retrieval
 
+ORIGIN = "<origin>"  # of a row, beside its columns, which may have any name
+
 
 def read_rows(path: str, columns: Sequence[str] = ()) -> list[Row]:
     """Those of a table with ``columns`` and any of text, image and audio, paths as from here, None where one is
-    missing; each with a "name". Raises DataError."""
+    missing; each with where it is from, as ``ORIGIN``. Raises DataError."""
     rows, place = read_table(path, columns), Path(path).parent
     for number, row in enumerate(rows, 1):
-        row["name"] = f"{path}: row {number}"
+        row[ORIGIN] = f"{path}: row {number}"
         for name in MODALITIES:
             value = row.get(name) or None
             if value is not None and not isinstance(value, str):
-                raise DataError(f"{row['name']}: its {name} is {value!r}, not a text or a path")
+                raise DataError(f"{row[ORIGIN]}: its {name} is {value!r}, not a text or a path")
             row[name] = str(place / value) if value and name != "text" else value
         if not any(row[name] for name in MODALITIES):
-            raise DataError(f"{row['name']}: has none of {', '.join(MODALITIES)}")
+            raise DataError(f"{row[ORIGIN]}: has none of {', '.join(MODALITIES)}")
     return rows
 
 
@@ -54,10 +56,11 @@ class MultimodalClassification(ExamplesTask):
     has a tower for each that the training rows have, unless ``modalities`` says otherwise."""
 
     name = "multimodal-classification"
+    predicts_classes = True
     data = "tables (.jsonl, .csv) with any of text, image, audio, and label"
     metric = "eval_accuracy"
     batch_size = 32
-    changes = TEXT_CHANGES + IMAGE_CHANGES + SOUND_CHANGES
+    changes = tuple(name for names in CHANGES.values() for name in names)
     columns: ClassVar[tuple[str, ...]] = ("label",)
     labels: ClassVar[tuple[str, ...]] = ("labels",)
     architecture: ClassVar[Any] = ResonanceForMultimodalClassification
@@ -74,6 +77,10 @@ class MultimodalClassification(ExamplesTask):
     def write(self, examples: tuple[list[Row], list[Row]], folder: Path) -> dict[str, str]:
         a, (train, held_out) = self.arguments, examples
         kinds = self.modalities(train)
+        for kind, names in CHANGES.items():
+            if kind not in kinds and (vain := [name for name in a.augment or () if name in names]):
+                has = ", ".join(kinds)
+                raise DataError(f"augment = {vain[0]!r}: is of {kind}, and the model has {has}; leave it out")
         facts: dict[str, Any] = {"modalities": kinds, **self.facts(examples, kinds)}
         processor: Any = self.processor
         if processor is None:
@@ -122,7 +129,7 @@ class MultimodalClassification(ExamplesTask):
         """What the data say about the model beside its modalities. Raises DataError."""
         for row in (row for rows in examples for row in rows):
             if not any(row[name] for name in kinds):
-                raise DataError(f"{row['name']}: has none of {', '.join(kinds)}")
+                raise DataError(f"{row[ORIGIN]}: has none of {', '.join(kinds)}")
         return {"labels": label_names(*([str(row["label"]) for row in rows] for rows in examples))}
 
     def fingerprints(self, examples: tuple[list[Row], list[Row]], folder: Path) -> dict[str, str]:
@@ -171,6 +178,7 @@ class MultimodalRetrieval(MultimodalClassification):
     """Rows without labels: the first of ``modalities`` is to find the others of its row among those of the batch."""
 
     name = "multimodal-retrieval"
+    predicts_classes = False
     data = "tables (.jsonl, .csv) with two or more of text, image, audio"
     metric = "eval_recall@10"
     columns = ()

@@ -112,6 +112,7 @@ class TextTask(ExamplesTask):
             labels=self.labels,
             metrics=self.metrics,
             augment=batch_changes(self.arguments.augment, tokenizer=tokenizer, targets=self.written),
+            lengths=[sum(len(ids) for ids in row.values() if isinstance(ids, list)) for row in train_set.examples],
             text=f"{len(train_set):,} examples and {len(eval_set):,} held out",
         )
 
@@ -139,6 +140,7 @@ class TextClassification(TextTask):
     """A class for a text."""
 
     name = "text-classification"
+    predicts_classes = True
     data = "tables (.tsv, .csv, .jsonl) with text and label"
     columns, texts = ("text", "label"), ("text",)
     metric = "eval_accuracy"
@@ -160,6 +162,7 @@ class TokenClassification(TextTask):
     class is asked for at its first token."""
 
     name = "token-classification"
+    predicts_classes = True
     data = "tables (.jsonl) with tokens and tags, lists of equal length"
     columns, texts = ("tokens", "tags"), ()
     metric = "eval_accuracy"

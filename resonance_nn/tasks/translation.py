@@ -29,6 +29,7 @@ class Translation(TextTask):
     and ROUGE-L."""
 
     name = "translation"
+    predicts_classes = True
     data = "tables (.tsv, .csv, .jsonl) with source and target"
     columns, texts = ("source", "target"), ("source", "target")
     fields = {}  # noqa: RUF012
