@@ -156,7 +156,7 @@ def test_variants_are_those_of_the_generator_and_can_be_switched_off():
     assert np.array_equal(a, b)
     assert a.dtype == np.float32
     assert not np.array_equal(a[:100], augment(x, 8000, np.random.default_rng(4))[:100])
-    off: dict[str, Any] = dict(speed=0.0, shift_seconds=0.0, mask=0.0, noise_db=None)
+    off: dict[str, Any] = dict(speed=0.0, shift_seconds=0.0, mask=0.0, filter_db=0.0, noise_db=None)
     rng = np.random.default_rng(0)
     assert np.array_equal(augment(x, 8000, rng, **off), x)
     for _ in range(5):
@@ -181,7 +181,7 @@ def test_variants_are_those_of_the_generator_and_can_be_switched_off():
 
 def test_a_masked_sound_lacks_a_stretch_and_a_band():
     rng = np.random.default_rng(0)
-    off: dict[str, Any] = dict(speed=0.0, shift_seconds=0.0, noise_db=None)
+    off: dict[str, Any] = dict(speed=0.0, shift_seconds=0.0, filter_db=0.0, noise_db=None)
     x = rng.standard_normal(20_000)
     silent, faint = [], []
     for _ in range(20):
@@ -199,6 +199,19 @@ def test_a_masked_sound_lacks_a_stretch_and_a_band():
         assert np.mean(shares) == pytest.approx(0.2, abs=0.07)
     with pytest.raises(ValueError, match=r"mask = 1: must be in \[0, 1\)"):
         augment(x, 8000, rng, mask=1)
+
+
+def test_a_filter_is_smooth_and_within_its_gain():
+    rng = np.random.default_rng(0)
+    x, off = rng.standard_normal(4000), dict(speed=0.0, shift_seconds=0.0, mask=0.0, noise_db=None)
+    spreads = []
+    for _ in range(10):
+        y = augment(x, 8000, rng, filter_db=6.0, **off)  # type: ignore[arg-type]
+        gain = 20 * np.log10(np.abs(np.fft.rfft(y)[:-1] / np.fft.rfft(x)[:-1]))
+        assert np.abs(gain).max() < 6.01
+        assert np.abs(np.diff(gain[100:])).max() < 0.2
+        spreads.append(np.ptp(gain))
+    assert np.mean(spreads) > 6
 
 
 def test_events():

@@ -150,6 +150,9 @@ def _as_float(values: np.ndarray) -> np.ndarray:
     return (values - (middle if values.dtype.kind == "u" else 0.0)) / middle
 
 
+FILTER_KNOTS = 6  # frequencies at which the gain of a random filter is drawn
+
+
 def augment(
     samples: np.ndarray,
     sampling_rate: int,
@@ -158,6 +161,7 @@ def augment(
     speed: float = 0.15,
     shift_seconds: float = 0.05,
     mask: float = 0.2,
+    filter_db: float = 12.0,
     noise_db: tuple[float, float] | None = (10.0, 40.0),
 ) -> Samples:
     """One random variant of a sound (n), for training on few speakers; the same for the same state of ``rng``.
@@ -169,6 +173,8 @@ def augment(
     shift_seconds: later or earlier by up to so much; zeros move in, and what moves out is lost. 0: off.
     mask: silent for a stretch of up to this share of its time, and 30 dB fainter in a band of up to this share of the
         frequencies, on an axis of their square roots (as SpecAugment, Park et al. 2019, but on samples). 0: off.
+    filter_db: through a filter whose gain is up to ± so many decibels at six frequencies, even on that axis, and on
+        straight lines between: another microphone, another room. 0: off.
     noise_db: white Gaussian noise at a signal-to-noise ratio between the two, in decibels. None: off.
     """
     if samples.ndim != 1 or len(samples) == 0 or samples.dtype.kind != "f":
@@ -197,6 +203,11 @@ def augment(
         axis, low = np.sqrt(np.linspace(0, 1, len(spectrum))), rng.uniform(0, 1 - width)
         spectrum[(axis >= low) & (axis < low + width)] *= 10 ** (-30 / 20)
         y = np.fft.irfft(spectrum, len(y))
+    if filter_db > 0:
+        spectrum = np.fft.rfft(y)
+        gains = rng.uniform(-filter_db, filter_db, FILTER_KNOTS)
+        axis = np.sqrt(np.linspace(0, 1, len(spectrum)))
+        y = np.fft.irfft(spectrum * 10 ** (np.interp(axis, np.linspace(0, 1, FILTER_KNOTS), gains) / 20), len(y))
     if noise_db is not None:
         level = np.sqrt(np.mean(y**2)) * 10 ** (-rng.uniform(*noise_db) / 20)
         y = y + level * rng.standard_normal(len(y))
