@@ -10,7 +10,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -59,8 +59,13 @@ def infill(
         ValueError: the model or its tokenizer knows no holes, a value is out of range.
     """
     prompt = infill_prompt(model, tokenizer, _bytes(prefix), _bytes(suffix), order, context)
-    sampling = Sampling() if sampling is None else sampling
+    sampling = of_hole(Sampling() if sampling is None else sampling)
     return complete(model, tokenizer, [prompt], sampling, write=write, interrupted=interrupted)[0]
+
+
+def of_hole(sampling: Sampling) -> Sampling:
+    """The same, without a model's own repetition penalty: what fills a hole repeats the names around it."""
+    return replace(sampling, repetition_penalty=1.0) if sampling.repetition_penalty is None else sampling
 
 
 def infill_prompt(

@@ -144,6 +144,20 @@ def test_going_on_with_a_model_keeps_what_it_can(run, trained, tmp_path):
     assert load_model(str(tmp_path / "run"))[0].config.fim_rate == 0.8
 
 
+def test_a_hole_may_repeat_what_is_around_it(random_model):
+    """A model's own repetition penalty is for texts that go on, not for the names around a hole."""
+    model, tokenizer = load_model(random_model)
+
+    def fill(**settings) -> list[int]:
+        (completion,) = infill(model, tokenizer, "def", "x", Sampling(max_new_tokens=20, seed=0, **settings))
+        return completion.ids
+
+    plain = fill()
+    model.generation_config.repetition_penalty = 3.0
+    assert fill() == plain
+    assert fill(repetition_penalty=3.0) != plain
+
+
 def test_no_sentinel_is_ever_written(random_model):
     """Neither in a middle nor in a text: they are in training sequences, but in no text."""
     model, tokenizer = load_model(random_model)

@@ -62,7 +62,7 @@ def fill_hole(
 ) -> list[dict[str, Any]]:
     """Fill the hole and print the text; as rows."""
     from resonance_nn.generation import complete
-    from resonance_nn.infilling import infill_prompt
+    from resonance_nn.infilling import infill_prompt, of_hole
 
     def write(text: str) -> None:
         write_text(out, text, COMPLETION)
@@ -71,7 +71,7 @@ def fill_hole(
     prefix, suffix = (b"", b"") if middle_only else hole
     if stream:
         write_bytes(out, prefix, PROMPT)
-    (completions,) = complete(lm, tokenizer, [prompt], sampling, write=write if stream else None)
+    (completions,) = complete(lm, tokenizer, [prompt], of_hole(sampling), write=write if stream else None)
     rows: list[dict[str, Any]] = []
     for number, completion in enumerate(completions, 1):
         if len(completions) > 1:

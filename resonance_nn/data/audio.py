@@ -158,7 +158,7 @@ def augment(
     sampling_rate: int,
     rng: np.random.Generator,
     *,
-    speed: float = 0.15,
+    speed: float = 0.3,
     shift_seconds: float = 0.05,
     mask: float = 0.2,
     filter_db: float = 12.0,

@@ -22,7 +22,7 @@ from resonance_nn.models.pooling import classification_loss, label_head, pool
 from resonance_nn.ops.mel import log_mel, mel_frames
 from resonance_nn.ops.precision import wide_dtype
 
-SILENCE = 1e-8  # power in a band beside that of white noise of variance 1: 80 dB below
+SILENCE = 1e-5  # power in a band beside that of white noise of variance 1: 50 dB below, where recordings differ by hiss
 LOG_SPREAD = 4.0  # about the standard deviation of the log power of speech, over bands and frames
 OFFSET_STD = 0.1  # about that of the tokens of a sound of variance 1 at first
 

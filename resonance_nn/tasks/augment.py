@@ -145,7 +145,7 @@ def change_sounds(values: Tensor, mask: Tensor, names: Sequence[str], sampling_r
             samples[real.bool()].cpu().numpy(),
             sampling_rate,
             rng,
-            speed=0.15 if "speed" in names else 0.0,
+            speed=0.3 if "speed" in names else 0.0,
             shift_seconds=0.05 if "shift" in names else 0.0,
             mask=0.2 if "mask" in names else 0.0,
             filter_db=12.0 if "filter" in names else 0.0,
