@@ -113,8 +113,6 @@ class ResonanceConfig(PreTrainedConfig):
         window_size: samples of the window of "log_mel"; None means 25 ms.
         hop_size: samples from one such window to the next; None means 10 ms.
         num_mel_bins: bands of "log_mel".
-        subtract_mean: "log_mel": whether from every band its mean over the sound's frames is taken, so that a constant
-            filter, a microphone's or a voice's, falls out. Every token then depends on the whole sound.
         encoder_mixers: as ``mixers``, of the encoder of texts in models that have more than one stack.
         num_encoder_layers: blocks of each encoder in such models; None means ``num_hidden_layers``.
         bridge: from the encoder to the decoder, a "memory" or a "spectral" one, of ``num_heads`` and ``num_modes``; the
@@ -201,7 +199,6 @@ class ResonanceConfig(PreTrainedConfig):
     window_size: int = DERIVED
     hop_size: int = DERIVED
     num_mel_bins: int = 64
-    subtract_mean: bool = False
     encoder_mixers: tuple[str, ...] = ("spectral_gate", "reversed:spectral_gate")
     num_encoder_layers: int = DERIVED
     bridge: str = "memory"

@@ -158,7 +158,7 @@ def check_fields(config: ResonanceConfig) -> None:
         check(isinstance(value, int | float) and low <= value < high, field, allowed)
     for field in (
         *("normalize_gates", "conv_bias", "frequency_mixing", "trapezoidal", "prime_bump"),
-        *("tie_word_embeddings", "use_cache", "activate_values", "subtract_mean"),
+        *("tie_word_embeddings", "use_cache", "activate_values"),
     ):
         check(isinstance(getattr(config, field), bool), field, "True or False")
     check(isinstance(config.format_version, int), "format_version", "an integer")

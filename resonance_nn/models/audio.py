@@ -22,7 +22,7 @@ from resonance_nn.models.pooling import classification_loss, label_head, pool
 from resonance_nn.ops.mel import log_mel, mel_frames
 from resonance_nn.ops.precision import wide_dtype
 
-SILENCE = 1e-5  # power in a band beside that of white noise of variance 1: 50 dB below, where recordings differ by hiss
+SILENCE = 1e-5  # power in a band beside that of white noise of variance 1: 50 dB below; what is fainter is hiss
 LOG_SPREAD = 4.0  # about the standard deviation of the log power of speech, over bands and frames
 OFFSET_STD = 0.1  # about that of the tokens of a sound of variance 1 at first
 
@@ -53,8 +53,8 @@ class AudioEmbedding(nn.Module):
 
     "waveform": ``frame_size`` samples a frame, side by side, the last one filled up with zeros; they are mapped
     linearly. "log_mel": :func:`resonance_nn.ops.mel.log_mel` with :func:`mel_filters`, divided by a constant: no
-    statistics of the sound unless ``subtract_mean`` asks for them, so that a frame depends on its own samples alone
-    and causal mixers stay causal. A learned vector is added, beside which the norms of the backbone tell loudness.
+    statistics of the sound, so that a frame depends on its own samples alone, and causal mixers stay causal. A learned
+    vector is added, beside which the norms of the backbone tell loud from quiet.
 
     Samples should have a variance of about 1, which `Wav2Vec2FeatureExtractor(do_normalize=True)` sees to.
     Padding may stand anywhere in a row: real samples are moved to its beginning first, and real frames come back there.
@@ -63,7 +63,6 @@ class AudioEmbedding(nn.Module):
     def __init__(self, config: ResonanceConfig) -> None:
         super().__init__()
         self.front_end, self.sampling_rate = config.front_end, config.sampling_rate
-        self.subtract_mean = config.subtract_mean
         if self.front_end == "waveform":
             self.window_size = self.hop_size = config.frame_size
             size = config.frame_size
@@ -126,16 +125,7 @@ class AudioEmbedding(nn.Module):
             floor=SILENCE,
             length=length,
         )
-        if self.subtract_mean:
-            real = None if length is None else real_tokens(y, self.frame_count(length))
-            y = y - y.mean(1, keepdim=True) if real is None else _without_mean(y, real[..., None])
         return y / LOG_SPREAD
-
-
-def _without_mean(y: Tensor, real: Tensor) -> Tensor:
-    """y (B, frames, bins) less the mean of each row's real frames (B, frames, 1); 0 at the others."""
-    mean = y.masked_fill(~real, 0).sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp(min=1)
-    return (y - mean).masked_fill(~real, 0)
 
 
 class AudioEncoder(ResonancePreTrainedModel):
