@@ -33,8 +33,8 @@ FLAGS = {
     "": "--version",
     "train": "--data --output-dir --task --eval-data --hold-out --text-field --binary --size --recipe --mixers "
     "--vocab-size --tokenizer --init --set --dropout --label-smoothing --z-loss --fim --steps --epochs --tokens "
-    "--seq-len --batch-size --accumulate --lr --warmup --optimizer --weight-decay --clip --augment --precision "
-    "--gradient-checkpointing --compile --seed --device --save-every --keep --eval-every --log-to --resume "
+    "--seq-len --batch-size --accumulate --lr --warmup --optimizer --weight-decay --clip --r-drop --augment "
+    "--precision --gradient-checkpointing --compile --seed --device --save-every --keep --eval-every --log-to --resume "
     "--overwrite --json",
     "eval": "--data --pairs --window --batch-size --precision --device --text-field --binary --held-out --lzma "
     "--no-lzma --infill --infill-order --infill-context --seed --json",
@@ -68,8 +68,8 @@ FLAGS = {
     "bench spectrum": "--data --tokens --window --device --json --plot",
     "bench tracking": f"--tasks --train-lengths --lengths --vocab-size --pairs --watch --fillers {COMMON_LEARNING}",
     "bench task": "--data --task --models --variant --eval-data --hold-out --epochs --steps --batch-size --vocab-size "
-    "--set --mixers --dropout --augment --lrs --seeds --optimizer --weight-decay --precision --threads --device "
-    "--output-dir --resume --overwrite --json",
+    "--set --mixers --dropout --r-drop --augment --lrs --seeds --optimizer --weight-decay --precision --threads "
+    "--device --output-dir --resume --overwrite --json",
     "bench speed": f"--lengths --full --tokens-per-batch --forward-only --peers {COMMON_MODELS} {COMMON_TIMING}",
     "bench throughput": f"--batches --length --peers {COMMON_MODELS} {COMMON_TIMING}",
     "bench memory": f"--lengths --tokens-per-batch --gradient-checkpointing --peers {COMMON_MODELS}",

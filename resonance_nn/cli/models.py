@@ -16,7 +16,7 @@ CONTEXTS = {"1k": 1024, "1m": 1 << 20}
 
 def models(
     vocab_size: Annotated[int, typer.Option("--vocab-size", help="Tokens of the vocabulary.")] = 32_768,
-    recipe: Annotated[str, typer.Option("--recipe", help="A named setting: default or memory.")] = "default",
+    recipe: Annotated[str, typer.Option("--recipe", help="default, spectral, hybrid or memory.")] = "default",
     mixers: Annotated[
         str | None, typer.Option("--mixers", help="Mixers, separated by commas, tiled over the layers.")
     ] = None,

@@ -21,7 +21,7 @@ def train(
     ],
     output_dir: Annotated[str, typer.Option(help="Folder for the model and all of the run.", show_default=False)],
     task: Annotated[
-        str, typer.Option(help="text-, image- or token-classification, or text-generation.")
+        str, typer.Option(help="text-generation, image-classification, translation …: docs/tasks.md has all.")
     ] = "text-generation",
     eval_data: Annotated[
         list[str] | None, typer.Option("--eval-data", help="Held-out text; default: the last 5% of the files.")
@@ -36,7 +36,7 @@ def train(
         typer.Option(help="tiny, small, base, medium, large or xlarge. Default: tiny.", rich_help_panel=MODEL),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="default or memory, see docs/results.md.", rich_help_panel=MODEL)
+        str | None, typer.Option(help="default, spectral, hybrid or memory: docs/results.md.", rich_help_panel=MODEL)
     ] = None,
     mixers: Annotated[
         str | None, typer.Option(help="Comma-separated, repeated over the layers.", rich_help_panel=MODEL)
@@ -131,7 +131,7 @@ def train(
     ] = False,
     json_file: JsonOption = None,
 ) -> None:
-    """Train a language model on text, or go on training one (--init), or go on with a run (--resume).
+    """Train a language model, or one for another --task; go on from a model (--init), or with a run (--resume).
 
     Example: resonance train --data stdlib --output-dir runs/first --steps 300
     """
