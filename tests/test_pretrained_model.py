@@ -260,3 +260,15 @@ def test_a_configuration_of_format_1_that_meant_two_things_is_refused():
     with pytest.raises(ValueError, match="which one field cannot say"):
         ResonanceConfig.from_dict(old)
     assert ResonanceConfig.from_dict({"format_version": 1}).rotation == "step"
+
+
+def test_loaded_weights_lie_as_new_ones_do(tmp_path):
+    """Those of a mapped file begin anywhere, where some CPUs' kernels round otherwise."""
+    config = ResonanceConfig.from_size("tiny", vocab_size=61, num_hidden_layers=1, hidden_size=32, num_heads=2)
+    ResonanceForCausalLM(config).double().save_pretrained(tmp_path)
+    loaded = ResonanceForCausalLM.from_pretrained(tmp_path, dtype=torch.float64)
+    assert not [name for name, tensor in loaded.state_dict().items() if tensor.data_ptr() % 64]
+    assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
+    model, told = ResonanceForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert not told["missing_keys"]
+    assert model.config.vocab_size == 61

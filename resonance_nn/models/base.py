@@ -19,6 +19,8 @@ from resonance_nn.config import ResonanceConfig
 from resonance_nn.layers import RMSNorm
 from resonance_nn.mixers import MIXERS, is_causal
 
+ALIGNMENT = 64  # bytes, as PyTorch allocates on a CPU
+
 
 @dataclass
 class ResonanceOutput(ModelOutput):
@@ -46,12 +48,15 @@ class ResonancePreTrainedModel(PreTrainedModel):
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
         """As ``transformers``', from safetensors files only. The name of a model that comes with the package, as
-        "resonance-tiny", is enough, unless a folder is called so."""
+        "resonance-tiny", is enough, unless a folder is called so. On a CPU weights are moved to where a new model's
+        would lie: those of a mapped file begin anywhere, and on some CPUs sums then round otherwise."""
         kwargs.setdefault("use_safetensors", True)
         name = args[0] if args else kwargs.pop("pretrained_model_name_or_path", None)
         if isinstance(name, str) and not Path(name).is_dir():
             name = bundled_models().get(name, name)
-        return super().from_pretrained(name, *args[1:], **kwargs)
+        loaded = super().from_pretrained(name, *args[1:], **kwargs)
+        _align(loaded[0] if isinstance(loaded, tuple) else loaded)
+        return loaded
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -70,6 +75,14 @@ class ResonancePreTrainedModel(PreTrainedModel):
         elif hasattr(module, "initial_values"):  # a mixer's, a convolution's, a front end's own parameters
             for name, value in module.initial_values().items():  # type: ignore[operator]
                 init.copy_(module.get_parameter(name), value)
+
+
+def _align(model: nn.Module) -> None:
+    """Copy the tensors on a CPU that do not begin at a multiple of ``ALIGNMENT`` bytes."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        plain = type(tensor.data) is Tensor and tensor.device.type == "cpu"  # no quantised ones
+        if plain and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 class ResonanceModel(ResonancePreTrainedModel):

@@ -200,7 +200,8 @@ def delta_rule_chunked(
 
     v, k, q = chunks(v), chunks(k).to(wide), chunks(q).to(wide)
     erase = None if erase is None else chunks(erase).to(wide)
-    cum = chunks(log_decay).cumsum(-2, dtype=wide)  # (B, C, H, T, 1 or K)
+    # a channel may lose e^5 a token, so that cum passes −300: differences are formed in float64
+    cum = chunks(log_decay).cumsum(-2, dtype=phase_dtype(log_decay) if by_channel else wide)  # (B, C, H, T, 1 or K)
     cos = sin = None
     if angle is not None:
         theta = reduce_angle(chunks(angle).cumsum(-2, dtype=phase_dtype(angle)), wide)  # (B, C, H, T, N)
@@ -217,7 +218,7 @@ def delta_rule_chunked(
         erase = None if erase is None else _complex(erase).conj()
         v, dtype = v.to(k.dtype), k.dtype
 
-    from_start, to_end, carry = cum.exp(), (cum[..., -1:, :] - cum).exp(), cum[..., -1, :].exp()
+    from_start, to_end, carry = (x.to(wide).exp() for x in (cum, cum[..., -1:, :] - cum, cum[..., -1, :]))
     same = None
     if reset is not None:
         reset = F.pad(reset, (0, padding)) if padding else reset
@@ -322,7 +323,7 @@ def _scores(
         difference = cum - cum.mT
         decay = difference.masked_fill(~visible, float("-inf")).exp()
         return [(r @ k.mT) * decay for r in rows]
-    stacked = torch.stack(rows)  # (·, B, C, H, T, K)
+    wide, stacked = k.real.dtype, torch.stack(rows)  # (·, B, C, H, T, K)
     blocks = []
     size = SUB_CHUNK
     if min_log_decay is not None:
@@ -334,12 +335,12 @@ def _scores(
         x = stacked[..., begin:end, :]
         if min_log_decay is not None:  # exponents within ±EXPONENT / 2
             centre = base + min_log_decay * (end - begin) / 2
-            left = x * (own - centre).exp()
-            block = left @ (k[..., :end, :] * (centre - cum[..., :end, :]).exp()).mT
+            left = x * (own - centre).to(wide).exp()
+            block = left @ (k[..., :end, :] * (centre - cum[..., :end, :]).to(wide).exp()).mT
         else:
-            decay = (own[..., :, None, :] - own[..., None, :, :]).clamp(max=0).exp()  # (…, T', T', K)
+            decay = (own[..., :, None, :] - own[..., None, :, :]).clamp(max=0).to(wide).exp()  # (…, T', T', K)
             inner = torch.einsum("rbchtk,bchsk,bchtsk->rbchts", x, k[..., begin:end, :], decay.to(x.dtype))
-            outer = (x * (own - base).exp()) @ (k[..., :begin, :] * (base - past).exp()).mT
+            outer = (x * (own - base).to(wide).exp()) @ (k[..., :begin, :] * (base - past).to(wide).exp()).mT
             block = torch.cat((outer, inner), dim=-1)
         blocks.append(F.pad(block, (0, T - end)))
     scores = torch.cat(blocks, dim=-2).masked_fill(~visible, 0)
