@@ -142,10 +142,10 @@ class ASTClassifier(PreTrainedModel):
     def forward(
         self, input_values: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None, **_: Any
     ) -> SequenceClassifierOutput:
-        B, n = input_values.shape
-        length = input_values.new_full((B,), n, dtype=torch.long) if attention_mask is None else attention_mask.sum(1)
-        samples = nn.functional.pad(input_values, (0, self.samples - n))  # or cut, if that is < 0
-        spectra = self.front_end._features(samples, length.clamp(max=self.samples))
+        if attention_mask is not None:
+            input_values = input_values.masked_fill(attention_mask == 0, 0)
+        samples = nn.functional.pad(input_values, (0, self.samples - input_values.shape[1]))  # or cut, if that is < 0
+        spectra = self.front_end._features(samples, None)
         return _classified(self.classifier(self.encoder(input_values=spectra).last_hidden_state.mean(1)), labels, self)
 
 
