@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from resonance_nn.allocator import release_freed_memory
 from resonance_nn.layers import MLPS, ResidualRMSNorm, RMSNorm
 from resonance_nn.mixers import build_mixer
 from resonance_nn.mixers.base import RightPadding, State, leading_reset
+from resonance_nn.ops.dropout import dropout
 
 if TYPE_CHECKING:
     from resonance_nn.config import ResonanceConfig
@@ -119,7 +119,7 @@ class Block(nn.Module):
 
 
 def _dropped(y: Tensor, share: float, training: bool) -> Tensor:
-    return F.dropout(y, share) if share > 0 and training else y
+    return dropout(y, share) if share > 0 and training else y
 
 
 class Backbone(nn.Module):

@@ -118,18 +118,18 @@ def _basis(
 
 
 def _analyse(v: Tensor, basis: _Basis) -> Tensor:
-    """Images (b, Y, X, D) -> their coefficients (b, 2, N, D), real and imaginary parts."""
-    b, Y, X, D = v.shape
-    rows = basis.x @ v.reshape(b * Y, X, D)
-    return (basis.y @ rows.reshape(b, 2 * Y, -1)).reshape(b, 2, -1, D)
+    """Images (b, Y, X, H, P) -> their coefficients (b, 2, N, H, P), real and imaginary parts."""
+    b, Y, X, H, P = v.shape
+    rows = basis.x @ v.reshape(b * Y, X, H * P)
+    return (basis.y @ rows.reshape(b, 2 * Y, -1)).reshape(b, 2, -1, H, P)
 
 
 def _synthesise(V: Tensor, basis: _Basis) -> Tensor:
-    """The adjoint of :func:`_analyse`: (b, 2, N, D) -> (b, Y, X, D)."""
-    (b, _, _, D), X = V.shape, basis.x.shape[1]
+    """The adjoint of :func:`_analyse`: (b, 2, N, H, P) -> (b, Y, X, H, P)."""
+    (b, _, _, H, P), X = V.shape, basis.x.shape[1]
     rows = basis.y.T @ V.reshape(b, basis.y.shape[0], -1)
     Y = rows.shape[1] // 2
-    return (basis.x.T @ rows.reshape(b * Y, -1, D)).reshape(b, Y, X, D)
+    return (basis.x.T @ rows.reshape(b * Y, -1, H * P)).reshape(b, Y, X, H, P)
 
 
 def _transfer(squares: Tensor, G: Tensor, weight: Tensor, bias: Tensor, *, bands: Tensor, tokens: int) -> Tensor:
@@ -140,24 +140,15 @@ def _transfer(squares: Tensor, G: Tensor, weight: Tensor, bias: Tensor, *, bands
 
 
 class _Heads:
-    """Sums over a head's channels and their inverse, as matmuls: a CPU is slow at short rows."""
+    """Sums over a head's channels as matmuls: a CPU is slow at short rows."""
 
     def __init__(self, num_heads: int, head_dim: int, like: Tensor) -> None:
-        self.shape = (num_heads, head_dim)
         heads = torch.eye(num_heads, dtype=like.dtype, device=like.device)
-        self.members = heads.repeat_interleave(head_dim, dim=1)  # (H, D)
+        self.members = heads.repeat_interleave(head_dim, dim=0)  # (H·P, H)
 
     def sum(self, x: Tensor) -> Tensor:
-        """(…, D) -> (…, H)."""
-        return x @ self.members.T
-
-    def spread(self, x: Tensor) -> Tensor:
-        """(…, H, R) -> (…, D)."""
-        return x.flatten(-2) if x.shape[-1] == self.shape[1] else x.squeeze(-1) @ self.members
-
-    def gather(self, x: Tensor, filters: int) -> Tensor:
-        """The adjoint of :meth:`spread`."""
-        return x.unflatten(-1, self.shape) if filters == self.shape[1] else self.sum(x)[..., None]
+        """(…, H, P) -> (…, H)."""
+        return x.flatten(-2) @ self.members
 
 
 def _blocks(v: Tensor, basis: _Basis) -> list[slice]:
@@ -173,19 +164,23 @@ def _forward(v: Tensor, G: Tensor, weight: Tensor, bias: Tensor, basis: _Basis) 
     heads = _Heads(H, P, G)
     y = torch.empty_like(v, memory_format=torch.contiguous_format)
     for block in _blocks(v, basis):
-        V = _analyse(v[block].flatten(3).to(G.dtype), basis)
-        squares = heads.sum(V.square()).sum(1) / P
-        T = heads.spread(_transfer(squares, G, weight, bias, bands=basis.bands, tokens=Y * X))
-        y[block] = _synthesise(_complex_product(T, V), basis).unflatten(3, (H, P))
+        V = _analyse(v[block].to(G.dtype), basis)
+        T = _transfer(heads.sum(_squares(V)) / P, G, weight, bias, bands=basis.bands, tokens=Y * X)
+        y[block] = _synthesise(_complex_product(T, V), basis)
     return y
 
 
-def _complex_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b of tensors (b, 2, N, D), real and imaginary parts."""
-    product = torch.empty_like(a)
-    torch.mul(a[:, 0], b[:, 0], out=product[:, 0]).addcmul_(a[:, 1], b[:, 1], value=-1)
-    torch.mul(a[:, 0], b[:, 1], out=product[:, 1]).addcmul_(a[:, 1], b[:, 0])
+def _complex_product(a: Tensor, b: Tensor, *, conjugate: bool = False) -> Tensor:
+    """a b of tensors (b, 2, N, H, 1 or P) and (b, 2, N, H, P), real and imaginary parts; ā b with ``conjugate``."""
+    product, sign = torch.empty_like(b), -1 if conjugate else 1
+    torch.mul(a[:, 0], b[:, 0], out=product[:, 0]).addcmul_(a[:, 1], b[:, 1], value=-sign)
+    torch.mul(a[:, 0], b[:, 1], out=product[:, 1]).addcmul_(a[:, 1], b[:, 0], value=sign)
     return product
+
+
+def _squares(V: Tensor) -> Tensor:
+    """|V|² (b, N, H, P) of coefficients (b, 2, N, H, P)."""
+    return V[:, 0].square().addcmul_(V[:, 1], V[:, 1])
 
 
 class _SpectralFilter2d(torch.autograd.Function):
@@ -211,23 +206,17 @@ class _SpectralFilter2d(torch.autograd.Function):
         heads = _Heads(H, P, learned[0])
         dv, totals = torch.empty_like(v), [torch.zeros_like(t) for t in learned]
         for block in _blocks(v, basis):
-            V = _analyse(v[block].flatten(3).to(dtype), basis)
-            dZ = _analyse(grad[block].flatten(3).to(dtype), basis)
+            V, dZ = _analyse(v[block].to(dtype), basis), _analyse(grad[block].to(dtype), basis)
             with torch.enable_grad():
-                inputs = [t.detach().requires_grad_() for t in (heads.sum(V.square()).sum(1) / P, *learned)]
+                inputs = [t.detach().requires_grad_() for t in (heads.sum(_squares(V)) / P, *learned)]
                 T = _transfer(*inputs, bands=basis.bands, tokens=Y * X)
-            V[:, 1].neg_()
-            dT = heads.gather(_complex_product(V, dZ), R)
-            dp, *own = torch.autograd.grad(T, inputs, dT)
+            dT = _complex_product(V, dZ, conjugate=True)
+            dp, *own = torch.autograd.grad(T, inputs, dT if R == P else heads.sum(dT)[..., None])
             for total, part in zip(totals, own, strict=True):
                 total += part
-            conjugate = heads.spread(T.detach())
-            conjugate[:, 1].neg_()
-            dV = _complex_product(conjugate, dZ)
-            slope = heads.spread(dp[..., None].mul_(2 / P).expand(-1, -1, -1, R))
-            dV[:, 0].addcmul_(V[:, 0], slope)
-            dV[:, 1].addcmul_(V[:, 1], slope, value=-1)
-            dv[block] = _synthesise(dV, basis).unflatten(3, (H, P))
+            dV = _complex_product(T.detach(), dZ, conjugate=True)
+            dV.addcmul_(V, dp.mul_(2 / P)[:, None, ..., None])
+            dv[block] = _synthesise(dV, basis)
         return dv, *totals, None
 
 
