@@ -85,6 +85,8 @@ class ResonanceTrainer(Trainer):
         logits: Tensor = outputs.logits  # type: ignore[union-attr]
         divergence = disagreement(*(part[asked] for part in logits.chunk(2)))
         of_step = num_items_in_batch if self.model_accepts_loss_kwargs else None
+        if of_step is not None and self.args.average_tokens_across_devices:  # of all processes, whose mean is taken
+            divergence = divergence * self.accelerator.num_processes
         loss = loss + self.r_drop / 4 * divergence / (asked.sum() if of_step is None else of_step)
         return (loss, outputs) if return_outputs else loss
 
