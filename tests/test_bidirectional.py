@@ -215,6 +215,20 @@ def test_in_a_stack_a_padded_row_equals_the_row_alone(name: str, overrides: dict
     assert relative(y[1, 9:40], stack(x[1:, 9:40])[0][0]) < 1e-10
 
 
+@pytest.mark.parametrize(("name", "overrides"), [*VARIANTS, ("global_filter", IMAGES)])
+def test_gradient_checkpointing_changes_nothing(name: str, overrides: dict):
+    x, gradients = torch.randn(2, 24, 32), []
+    for on in (False, True):
+        torch.manual_seed(0)
+        stack = Backbone(small_config((name,), **overrides)).train()
+        for block in stack.blocks:
+            block.gradient_checkpointing = on
+        stack(x)[0].square().sum().backward()
+        gradients.append([p.grad for p in stack.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_reversed_layers_by_turns_see_everything():
     torch.manual_seed(0)
     stack = Backbone(small_config(("spectral_gate", "reversed:spectral_gate"))).double()

@@ -331,9 +331,11 @@ class ResonanceForContrastive(MultimodalEncoder):
         embedded = [self._embed_some(encoded, of_side) for of_side in here]
         a, b = embedded
         loss = None
-        if return_loss and a is not None and b is not None:
+        if return_loss:
+            loss = 0 * self.log_scale
             pairs = (here[0].any(1) & here[1].any(1)).nonzero().squeeze(1)
-            loss = contrastive_loss(a[pairs], b[pairs], self.log_scale) if len(pairs) else 0 * self.log_scale
+            if a is not None and b is not None and len(pairs):
+                loss = contrastive_loss(a[pairs], b[pairs], self.log_scale)
             loss = loss + torch.stack(losses).sum() if losses else loss
         return ContrastiveOutput(loss, a, b)
 

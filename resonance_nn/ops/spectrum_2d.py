@@ -200,8 +200,8 @@ class _SpectralFilter2d(torch.autograd.Function):
     @once_differentiable
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        v, *learned = ctx.saved_tensors[:4]
-        basis = _Basis(*ctx.saved_tensors[4:])
+        v, G, weight, bias, *constant = ctx.saved_tensors  # once: checkpointing gives them once
+        learned, basis = (G, weight, bias), _Basis(*constant)
         (Y, X, H, P), R, dtype = v.shape[1:], learned[0].shape[3], learned[0].dtype
         heads = _Heads(H, P, learned[0])
         dv, totals = torch.empty_like(v), [torch.zeros_like(t) for t in learned]
