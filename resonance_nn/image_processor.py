@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,14 @@ from transformers import BatchFeature
 from transformers.image_processing_utils import BaseImageProcessor
 
 from resonance_nn.data.images import read_image
+
+
+def check_size(size: Any) -> list[int]:
+    """Rows and columns. Raises ValueError."""
+    pair = list(size) if isinstance(size, list | tuple) else []
+    if len(pair) != 2 or any(type(n) is not int or n < 1 for n in pair):
+        raise ValueError(f"size = {size!r}: must be (rows, columns), two integers ≥ 1")
+    return pair
 
 
 class ResonanceImageProcessor(BaseImageProcessor):
@@ -35,18 +44,21 @@ class ResonanceImageProcessor(BaseImageProcessor):
     ) -> None:
         super().__init__(**kwargs)
         for name, values in (("image_mean", image_mean), ("image_std", image_std)):
-            if len(values) not in (1, num_channels) or (name == "image_std" and min(values) <= 0):
+            numbers = list(values) if isinstance(values, Sequence) else []
+            right = all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
+            if not right or len(numbers) not in (1, num_channels) or (name == "image_std" and min(numbers) <= 0):
                 raise ValueError(
-                    f"{name} = {list(values)}: must be 1 or num_channels = {num_channels} numbers, std > 0"
+                    f"{name} = {values!r}: must be a list of 1 or num_channels = {num_channels} numbers, std > 0"
                 )
         self.num_channels = num_channels
         self.image_mean, self.image_std = list(image_mean), list(image_std)
-        self.size = None if size is None else [int(n) for n in size]
+        self.size = None if size is None else check_size(size)
 
     def __call__(self, images: Any, return_tensors: str | None = "pt", **kwargs: Any) -> BatchFeature:  # type: ignore[override]
-        """``images``: one or a list of Pillow's, arrays (rows, columns[, channels]) or paths."""
+        """``images``: one or a list of Pillow's, paths, arrays or tensors (rows, columns[, channels])."""
         several = isinstance(images, list | tuple)
         size = kwargs.get("size", self.size)
+        size = None if size is None else check_size(size)
         arrays = [self.array(image, size) for image in (images if several else [images])]
         shapes = {array.shape for array in arrays}
         if len(shapes) > 1:
@@ -58,6 +70,8 @@ class ResonanceImageProcessor(BaseImageProcessor):
 
     def array(self, image: Any, size: Sequence[int] | None = None) -> np.ndarray:
         """(rows, columns, channels) bytes of one picture, in the size if one is given."""
+        if isinstance(image, torch.Tensor):
+            image = image.detach().cpu().numpy()
         pixels = read_image(image, self.num_channels)
         if size is None or pixels.shape[:2] == tuple(size):
             return pixels

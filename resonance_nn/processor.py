@@ -13,6 +13,7 @@ from transformers import BatchFeature, ProcessorMixin
 from resonance_nn.config_checks import MODALITIES
 from resonance_nn.data import encode_text
 from resonance_nn.data.audio import normalised, read_audio
+from resonance_nn.image_processor import check_size
 
 
 class ResonanceProcessor(ProcessorMixin):
@@ -39,7 +40,11 @@ class ResonanceProcessor(ProcessorMixin):
             modalities: of the model, ``config.modalities``.
             size: (rows, columns) of the pictures, ``config.image_size``.
             max_length: tokens of a text at most.
+
+        Raises:
+            ValueError: naming the argument, its value and what is allowed.
         """
+        self._check(text, images, audio, modalities, size, max_length)
         given = {name: values for name, values in zip(MODALITIES, (text, images, audio), strict=True) if values}
         if not given or len({len(values) for values in given.values()}) > 1:
             lengths = {name: len(values) for name, values in given.items()}
@@ -58,6 +63,22 @@ class ResonanceProcessor(ProcessorMixin):
         )
         return BatchFeature(made)
 
+    def _check(self, text: Any, images: Any, audio: Any, modalities: Sequence[str], size: Any, max_length: Any) -> None:
+        for name, values in (("text", text), ("images", images), ("audio", audio)):
+            if values is not None and not isinstance(values, list | tuple):
+                raise ValueError(
+                    f"{name} = {values!r:.80}: must be a list, one each example; None where it has none"
+                )
+        for i, value in enumerate(text or ()):
+            if value is not None and not isinstance(value, str):
+                raise ValueError(f"text[{i}] = {value!r:.80}: must be a text, or None")
+        if isinstance(modalities, str) or not modalities or not set(modalities) <= set(MODALITIES):
+            raise ValueError(f"modalities = {modalities!r}: must be some of {', '.join(MODALITIES)}")
+        if size is not None:
+            check_size(size)
+        if max_length is not None and (type(max_length) is not int or max_length < 1):
+            raise ValueError(f"max_length = {max_length!r}: must be an integer ≥ 1, or None")
+
     def _texts(self, texts: Sequence[str | None], max_length: int | None) -> dict[str, torch.Tensor]:
         ids = [torch.tensor(encode_text(self.tokenizer, text or "", max_length)) for text in texts]
         mask = pad_sequence([torch.ones_like(row) for row in ids], batch_first=True)
@@ -70,5 +91,12 @@ class ResonanceProcessor(ProcessorMixin):
 
     def _sounds(self, sounds: Sequence[Any]) -> dict[str, torch.Tensor]:
         rate, silence = self.feature_extractor.sampling_rate, np.zeros(1, np.float32)
-        made = normalised([silence if sound is None else read_audio(sound, rate) for sound in sounds])
+        made = normalised([silence if sound is None else read_audio(_array(sound), rate) for sound in sounds])
         return {"input_values": made["input_values"], "audio_attention_mask": made["attention_mask"]}
+
+
+def _array(sound: Any) -> Any:
+    """Tensors and lists of samples as arrays; files and arrays as they are."""
+    if isinstance(sound, torch.Tensor):
+        return sound.detach().cpu().numpy()
+    return np.asarray(sound) if isinstance(sound, list | tuple) else sound

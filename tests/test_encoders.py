@@ -130,6 +130,9 @@ def test_losses_are_those_that_the_labels_mean():
     for wrong in (torch.tensor([0, 3, 1, 1]), torch.tensor([0, -1, 1, 1])):
         with pytest.raises(ValueError, match=r"is not a class; num_labels = 3 has 0 … 2"):
             classification_loss(logits, wrong, config)
+    for value in (5.0, -1.0, float("nan")):
+        with pytest.raises(ValueError, match=rf"labels: {value:g}; must be 0 … 1 for each label"):
+            classification_loss(logits, torch.where(several > 0.5, value, 0.0), config)
     with pytest.raises(ValueError, match="labels of shape"):
         classification_loss(logits, labels[:3], config)
     with pytest.raises(ValueError, match="labels of shape"):

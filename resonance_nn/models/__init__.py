@@ -21,6 +21,7 @@ from resonance_nn.models.mamba2 import load_mamba2_layer, mamba2_config
 from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceForMultimodalClassification
 from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
 from resonance_nn.models.vision import ResonanceForImageClassification
+from resonance_nn.processor import ResonanceProcessor
 
 transformers.AutoConfig.register(ResonanceConfig.model_type, ResonanceConfig, exist_ok=True)
 for auto, model in (
@@ -38,6 +39,14 @@ for auto, model in (
 transformers.AutoImageProcessor.register(
     ResonanceConfig, slow_image_processor_class=ResonanceImageProcessor, exist_ok=True
 )
+
+
+class _Multimodal(ResonanceConfig):
+    """A key for transformers' table of processors, found there by its own name: that of all models would give it to
+    those of one modality too."""
+
+
+transformers.AutoProcessor.register(_Multimodal, ResonanceProcessor, exist_ok=True)
 # by the first of these tables of names transformers' Trainer knows whose labels are shifted inside (its label smoothing
 # needs it), by the second its audio pipeline what it can run
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[ResonanceConfig.model_type] = ResonanceForCausalLM.__name__

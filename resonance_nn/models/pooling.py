@@ -75,6 +75,9 @@ def classification_loss(logits: Tensor, labels: Tensor, config: ResonanceConfig,
     if kind.startswith("regression"):
         return F.mse_loss(logits, values)
     known = labels != -100
+    wrong = values[known & ~((values >= 0) & (values <= 1))]
+    if wrong.numel():
+        raise ValueError(f"labels: {float(wrong[0]):g}; must be 0 … 1 for each label, and -100 for none")
     each = F.binary_cross_entropy_with_logits(logits, values, reduction="none")
     return each.masked_fill(~known, 0).sum() / known.sum().clamp(min=1)
 
