@@ -67,6 +67,11 @@ def load_model(
     """
     folder = model_folder(name)
     config = _load_config(folder)
+    own = (config.architectures or [ResonanceForCausalLM.__name__])[0]
+    if own != ResonanceForCausalLM.__name__:
+        raise ValueError(
+            f"model {name!r}: is a {own}; this takes a {ResonanceForCausalLM.__name__}, `resonance predict` the others"
+        )
     model = _load_weights(folder, config, dtype)
     tokenizer = load_tokenizer(folder)
     size = tokenizer_vocab_size(tokenizer)

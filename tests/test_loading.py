@@ -110,6 +110,11 @@ def test_damaged_config(broken, content):
     assert "config.json is not a JSON object" in error_line(broken)
 
 
+def test_a_model_for_something_else(broken):
+    edit_config(broken, architectures=["ResonanceForImageClassification"])
+    assert "is a ResonanceForImageClassification; this takes a ResonanceForCausalLM" in error_line(broken)
+
+
 def test_invalid_config(broken):
     edit_config(broken, num_heads=5)
     assert "num_heads = 5" in error_line(broken)
