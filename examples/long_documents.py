@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from resonance_nn.data import DataError
-from resonance_nn.data.tables import read_table
+from resonance_nn.data.tables import label_of, read_table, text_of
 from resonance_nn.files import atomic_path
 
 
@@ -46,13 +46,13 @@ def main() -> int:
     parser.add_argument("--share", type=float, default=0.6, help="of its sentences that have its label")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
+    sentences: dict[str, list[str]] = defaultdict(list)
     try:
-        rows = read_table(str(options.table), ("text", "label"))
+        for number, row in enumerate(read_table(str(options.table), ("text", "label")), 1):
+            where = f"{options.table}: row {number}"
+            sentences[label_of(row["label"], where)].append(" ".join(text_of(row, "text", where).split()))
     except DataError as error:
         parser.error(str(error))
-    sentences: dict[str, list[str]] = defaultdict(list)
-    for row in rows:
-        sentences[str(row["label"])].append(" ".join(str(row["text"]).split()))
     if len(sentences) < 2:
         parser.error(f"{options.table}: has {len(sentences)} label; it must have two or more")
     for name, value, right in (

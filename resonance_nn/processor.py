@@ -66,9 +66,7 @@ class ResonanceProcessor(ProcessorMixin):
     def _check(self, text: Any, images: Any, audio: Any, modalities: Sequence[str], size: Any, max_length: Any) -> None:
         for name, values in (("text", text), ("images", images), ("audio", audio)):
             if values is not None and not isinstance(values, list | tuple):
-                raise ValueError(
-                    f"{name} = {values!r:.80}: must be a list, one each example; None where it has none"
-                )
+                raise ValueError(f"{name} = {values!r:.80}: must be a list, one each example; None where it has none")
         for i, value in enumerate(text or ()):
             if value is not None and not isinstance(value, str):
                 raise ValueError(f"text[{i}] = {value!r:.80}: must be a text, or None")

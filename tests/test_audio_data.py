@@ -70,8 +70,30 @@ def test_arrays():
     ):
         with pytest.raises(ValueError, match=message):
             read_audio(bad, 8000)
-    with pytest.raises(ValueError, match="sampling_rate = 0"):
-        read_audio(x, 0)
+    for rate in (0, 4294967291):
+        with pytest.raises(ValueError, match=rf"sampling_rate = {rate}: must be an integer 1 … 1,000,000"):
+            read_audio(x, rate)
+
+
+@pytest.mark.parametrize("rate", [0, 1, 99, 1_000_001, 4294967291])
+def test_rates_that_no_sound_has(rate: int, tmp_path: Path):
+    """Resampling from them would take memory out of all proportion."""
+    message = "has a sampling rate of {:,}; must be 100 … 1,000,000 samples a second"
+    path = write_wave(tmp_path / "a.wav", np.zeros(4000))
+    raw = path.read_bytes()
+    path.write_bytes(raw[:24] + rate.to_bytes(4, "little") + raw[28:])
+    with pytest.raises(ValueError, match=message.format(rate)) as caught:
+        read_audio(path, 8000)
+    assert str(path) in str(caught.value)
+    for wrong in (rate, math.nan):
+        with pytest.raises(ValueError, match="the array: " + message.format(wrong)):
+            read_audio(np.zeros(4000), 8000, rate=wrong)  # type: ignore[arg-type]
+
+
+def test_rates_at_the_limits():
+    for rate in (100, 1_000_000):
+        assert len(read_audio(np.zeros(500), 1000, rate=rate)) == -(-500 * 1000 // rate)
+    assert len(read_audio(np.zeros(500), 50, rate=50)) == 500, "as it is: nothing is to be resampled"
 
 
 def test_files_that_are_no_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -82,6 +104,7 @@ def test_files_that_are_no_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "cut.wav": (good[:-100], "is truncated; its header says 500 samples, 450 are there"),
         "channels.wav": (good[:22] + b"\0\0" + good[24:], "no sound WAV file: bad # of channels"),
         "rate.wav": (good[:24] + b"\0\0\0\0" + good[28:], "sampling rate of 0"),
+        "size.wav": (good[:16] + b"\0\0\0\x80" + good[20:], "is damaged: the size of one of its parts is wrong"),
         "none.wav": (good[:40] + b"\0\0\0\0", "holds no samples"),
         "bits.wav": (good[:34] + b"\0\0" + good[36:], "bad sample width"),
         "float.wav": (
@@ -142,6 +165,14 @@ def test_other_files_are_soundfiles_business(tmp_path: Path, monkeypatch: pytest
     assert np.abs(y[50:150] - 0.5).max() < 1e-3
     with pytest.raises(ValueError, match=r"bad.flac: cannot be read as sound: Error opening: unknown$"):
         read_audio(tmp_path / "bad.flac", 8000)
+
+    def read_too_much(*_: Any, **__: Any) -> np.ndarray:
+        raise MemoryError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SoundFile, "read", read_too_much)
+        with pytest.raises(ValueError, match=r"a.flac: is longer than memory, or its header is damaged \(no room\)"):
+            read_audio(tmp_path / "a.flac", 8000)
     SoundFile.content = SoundFile.content[:300]
     with pytest.raises(ValueError, match=r"a.flac: is truncated; its header says 400 samples, 300 are there"):
         read_audio(tmp_path / "a.flac", 8000)

@@ -104,6 +104,8 @@ def test_what_is_no_picture_is_named(tmp_path, colours):
         assert "\n" not in str(caught.value)
     with pytest.raises(DataError, match="no such file"):
         read_image(tmp_path / "none.png", 3)
+    with pytest.raises(DataError, match="is a folder, not a picture"):
+        read_image(tmp_path, 3)
 
 
 def test_idx_files(tmp_path):

@@ -25,6 +25,7 @@ from resonance_nn.tasks.base import ExamplesTask, label_names, split_examples
         ("a.jsonl", '{"text": "good"}\n', "a.jsonl:1: has no 'label'"),
         ("a.jsonl", "good\n", "a.jsonl:1: is not JSON"),
         ("a.jsonl", "[1]\n", "is not a JSON object"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl:1: is not JSON"),
         ("a.tsv", "", "is empty"),
         ("a.tsv", "good\tpos\n  \tneg\n", "row 2: its text is"),
         ("a.tsv", "good\tpos\nbad\tpos\n", "the training data have one label, 'pos'"),
@@ -64,6 +65,14 @@ def test_read_table(tmp_path):
     assert read_lines(tmp_path / "lines") == ["a\u2028c", "b"]
     (tmp_path / "lines").write_bytes("a\x0b b\u2028c\nd\n\ne".encode())
     assert read_lines(tmp_path / "lines") == ["a\x0b b\u2028c", "d", "", "e"]
+
+
+def test_cells_have_any_length(tmp_path):
+    long = "word " * 30_000  # Python's own limit is 131,072 characters
+    (tmp_path / "a.csv").write_text(f'text,label\n"{long}",x\n')
+    (tmp_path / "a.tsv").write_text(f"{long}\tx\n")
+    for name in ("a.csv", "a.tsv"):
+        assert read_table(tmp_path / name, ("text", "label")) == [{"text": long, "label": "x"}]
 
 
 def test_splits_and_labels():

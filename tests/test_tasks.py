@@ -300,7 +300,7 @@ def test_going_on_keeps_what_makes_the_inputs(data, tmp_path, capsys):
     capsys.readouterr()
     words = ["train", "--task", "image-classification", "--data", str(tmp_path / "pictures"), "--steps", "1"]
     assert main([*words, "--init", "resonance-tiny", "--output-dir", str(tmp_path / "run")]) == 2
-    assert "has no preprocessor_config.json" in capsys.readouterr().err
+    assert "is a ResonanceForCausalLM; go on from a model of images" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 

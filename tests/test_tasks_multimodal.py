@@ -235,6 +235,20 @@ def test_rows_that_are_none(row, message, data, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_retrieval_needs_pairs(tmp_path, capsys):
+    alone = [json.dumps({"text": "red"}), json.dumps({"image": "red.png"})] * 4
+    pairs = [json.dumps({"text": "red", "image": "red.png"})] * 4
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    for train, held_out, which in ((alone, pairs, "training"), (pairs, alone, "held-out")):
+        (tmp_path / "train.jsonl").write_text("\n".join(train))
+        (tmp_path / "test.jsonl").write_text("\n".join(held_out))
+        words = ["train", "--task", "multimodal-retrieval", "--data", str(tmp_path / "train.jsonl"), "--steps", "1"]
+        words += ["--eval-data", str(tmp_path / "test.jsonl"), "--output-dir", str(tmp_path / "run")]
+        assert main(words) == 2
+        error = capsys.readouterr().err.strip()
+        assert error == f"error: the {which} data have no row with text and image, to find it by"
+
+
 def test_processor_says_what_is_there(data, tmp_path):
     assert main(words_of("multimodal-classification", data, tmp_path / "m", "--steps", "1")) == 0
     processor: Any = ResonanceProcessor.from_pretrained(tmp_path / "m")

@@ -69,12 +69,12 @@ def predict(
     )
     out = console_for(json_file)
     _show(found, predictor.kind, out)
-    known = [one for one in found if "truth" in one]
+    right = [answer for one in found for answer in predictor.right(one)]
     rows: list[dict[str, Any]] = []
-    if known:
-        share = sum(one["truth"] == one["label"] for one in known) / len(known)
+    if right:
+        share = sum(right) / len(right)
         rows.append(row("predict", "accuracy", share))
-        out.print(f"{share:.2%} of the {len(known):,} inputs whose label is known are right")
+        out.print(f"{share:.2%} of the {len(right):,} {predictor.judged} whose label is known are right")
     if picture is not None:
         predictor.draw(found, picture)
     if json_file is not None:

@@ -18,6 +18,7 @@ from resonance_nn.data.documents import DataError
 
 EXTRA = "pip install 'resonance-nn[audio]'"
 MAX_CHANNELS = 64
+RATES = (100, 1_000_000)  # samples a second that can be resampled: a header with others is likelier damaged than true
 STREAMED = 0xFFFFFFFF  # the size in the header of a WAV file written by a program that could not know it, as ffmpeg's
 TOLERANCE = 1e-9  # seconds by which sums of times may be off
 Samples = NDArray[np.float32]
@@ -31,14 +32,16 @@ def read_audio(source: str | os.PathLike[str] | np.ndarray, sampling_rate: int, 
 
     Args:
         source: a file, or an array (samples) or (samples, channels) of integers or floating-point numbers.
-        sampling_rate: samples a second that are wanted, ``config.sampling_rate`` for a model.
-        rate: that of an array; None means ``sampling_rate``.
+        sampling_rate: samples a second that are wanted, ``config.sampling_rate`` for a model; at most 1,000,000.
+        rate: that of an array; None means ``sampling_rate``. It, and that of a file, may be any 100 … 1,000,000, or
+            ``sampling_rate`` itself: memory for others would be out of proportion.
 
     Raises:
         DataError: a ValueError of one line that names the file and what is wrong with it.
     """
-    if type(sampling_rate) is not int or sampling_rate < 1:
-        raise ValueError(f"sampling_rate = {sampling_rate!r}: must be an integer ≥ 1, such as 16000")
+    lowest, highest = RATES
+    if type(sampling_rate) is not int or not 1 <= sampling_rate <= highest:
+        raise ValueError(f"sampling_rate = {sampling_rate!r}: must be an integer 1 … {highest:,}, such as 16000")
     if isinstance(source, np.ndarray):
         name, samples, rate = "the array", _as_float(source), sampling_rate if rate is None else rate
     else:
@@ -55,8 +58,11 @@ def read_audio(source: str | os.PathLike[str] | np.ndarray, sampling_rate: int, 
         raise DataError(f"{name}: has no channels")
     if samples.shape[0] == 0:
         raise DataError(f"{name}: holds no samples")
-    if rate < 1:
-        raise DataError(f"{name}: has a sampling rate of {rate}; must be 1 or more")
+    if rate != sampling_rate and not lowest <= rate <= highest:
+        raise DataError(
+            f"{name}: has a sampling rate of {rate:,}; must be {lowest} … {highest:,} samples a second; if its header "
+            "is damaged, save the sound anew"
+        )
     wrong = int((~np.isfinite(samples)).any(1).sum())
     if wrong:
         raise DataError(f"{name}: {wrong} of its {len(samples)} samples are NaN or infinite")
@@ -98,6 +104,8 @@ def _read_file(path: Path) -> tuple[np.ndarray, int]:
             return _read_wave(path, size)
         except EOFError:
             raise DataError(f"{path}: is truncated within its header") from None
+        except RuntimeError:  # Python's, without a message
+            raise DataError(f"{path}: is damaged: the size of one of its parts is wrong; save it anew") from None
         except wave.Error as error:
             if "unknown" not in str(error):  # unknown to Python: floats, compressed, or extended headers
                 raise DataError(f"{path}: is no sound WAV file: {error}") from None
@@ -135,6 +143,8 @@ def _read_other(path: Path) -> tuple[np.ndarray, int]:
             frames, samples, rate = file.frames, file.read(dtype="float32", always_2d=True), file.samplerate
     except RuntimeError as error:
         raise DataError(f"{path}: cannot be read as sound: {str(error).splitlines()[0]}") from None
+    except MemoryError as error:
+        raise DataError(f"{path}: is longer than memory, or its header is damaged ({error})") from None
     if len(samples) < frames:
         raise DataError(f"{path}: is truncated; its header says {frames} samples, {len(samples)} are there")
     return samples, rate

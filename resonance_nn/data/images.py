@@ -52,7 +52,7 @@ def _opened(source: str | os.PathLike[str]) -> Iterator[Image.Image]:
     """A picture file; whatever goes wrong with it within is a DataError that names it."""
     path = Path(source)
     if not path.is_file():
-        raise DataError(f"{path}: no such file")
+        raise DataError(f"{path}: {'is a folder, not a picture' if path.is_dir() else 'no such file'}")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)

@@ -7,6 +7,7 @@ import gzip
 import io
 import json
 import os
+import re
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 from resonance_nn.data.documents import DataError
 
 KINDS = (".jsonl", ".csv", ".tsv")
+HALF = re.compile("[\ud800-\udfff]")  # of a surrogate pair, which JSON can say alone and UTF-8 cannot
 Row = dict[str, Any]
 
 
@@ -62,6 +64,44 @@ def read_table(path: str | os.PathLike[str], fields: Sequence[str], optional: Se
     return [row for _, row in rows]
 
 
+def is_missing(value: Any) -> bool:
+    """Whether a cell holds nothing: null, or white space alone."""
+    return value is None or (isinstance(value, str) and not value.strip())
+
+
+def text_of(row: Row, name: str, where: str, what: str = "text") -> str:
+    """The text in a column of a row that is from ``where``. Raises DataError."""
+    value = row.get(name)
+    if not isinstance(value, str) or is_missing(value):
+        raise DataError(f"{where}: its {name} is {value!r:.60}; it must be a {what}, not empty")
+    return _written(value, where, name)
+
+
+def path_of(row: Row, name: str, where: str, folder: Path) -> str:
+    """The path in a column of a row, from the folder that the table lies in. Raises DataError."""
+    path = text_of(row, name, where, "path")
+    if "\0" in path:
+        raise DataError(f"{where}: its {name} is {path!r:.60}; a path has no '\\x00', remove it")
+    return str(folder / path)
+
+
+def label_of(value: Any, where: str, name: str = "label") -> str:
+    """The name of a class: a text that is not empty, a number or a boolean. Raises DataError."""
+    if is_missing(value) or not isinstance(value, str | int | float) or value != value:  # NaN is not itself
+        raise DataError(
+            f"{where}: its {name} is {value!r:.60}; it must be a text, not empty, a number, true or false; fill it in "
+            "or leave the row out"
+        )
+    return _written(str(value), where, name)
+
+
+def _written(text: str, where: str, name: str) -> str:
+    """The text, if UTF-8 can say it."""
+    if half := HALF.search(text):
+        raise DataError(f"{where}: its {name} has {half[0]!r}, half of a character, which is no text; remove it")
+    return text
+
+
 def _objects(name: str, lines: Sequence[str]) -> list[tuple[int, Row]]:
     rows: list[tuple[int, Row]] = []
     for number, line in enumerate(lines, 1):
@@ -69,7 +109,7 @@ def _objects(name: str, lines: Sequence[str]) -> list[tuple[int, Row]]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{name}:{number}: is not JSON ({error})") from error
         if not isinstance(row, dict):
             raise DataError(f'{name}:{number}: is not a JSON object, such as {{"text": …}}')
@@ -81,8 +121,10 @@ def _columns(
     name: str, lines: Sequence[str], fields: Sequence[str], optional: Sequence[str], delimiter: str
 ) -> list[tuple[int, Row]]:
     quoting = csv.QUOTE_MINIMAL if delimiter == "," else csv.QUOTE_NONE
+    text = "\n".join(lines)
+    csv.field_size_limit(max(csv.field_size_limit(), len(text)))  # Python's own, 131,072 characters, is too few
     try:
-        reader = csv.reader(io.StringIO("\n".join(lines)), delimiter=delimiter, quoting=quoting, strict=True)
+        reader = csv.reader(io.StringIO(text), delimiter=delimiter, quoting=quoting, strict=True)
         cells = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise DataError(f"{name}: is not a table ({error})") from error

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,11 +14,16 @@ import torch
 from tqdm import tqdm
 
 from resonance_nn.data.documents import DataError
+from resonance_nn.data.tables import KINDS, path_of, read_table
 from resonance_nn.evaluation import autocast
 from resonance_nn.loading import load_processor
 
 Found = dict[str, Any]  # what is said about one input: "input", "name", and more
 Batch = dict[str, torch.Tensor]
+FALLBACK_FONTS = (  # for what matplotlib's own font lacks, such as Chinese, Japanese and Korean, where installed
+    *("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback"),
+    *("Hiragino Sans", "PingFang SC", "Arial Unicode MS", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic"),
+)
 
 
 class Predictor(ABC):
@@ -27,6 +35,7 @@ class Predictor(ABC):
     takes_text: ClassVar[bool] = True  # and otherwise files only
     can_draw: ClassVar[bool] = False
     default_top: ClassVar[int] = 3
+    judged: ClassVar[str] = "inputs"  # what :meth:`right` judges, for people
 
     def __init__(self, model: Any, processor: Any, top: int | None = None) -> None:
         self.model, self.processor = model, processor
@@ -48,6 +57,14 @@ class Predictor(ABC):
     @abstractmethod
     def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
         """What the model's outputs for the batch that was made of them say of each input."""
+
+    def truth(self, label: Any) -> Found:
+        """``truth``, the right answer, where a folder or a table tells one that the model could give."""
+        return {}
+
+    def right(self, one: Found) -> list[bool]:
+        """Whether what was said is right, once for each answer that is known."""
+        return []
 
     def finish(self, found: list[Found]) -> list[Found]:
         """When all is known of each."""
@@ -74,6 +91,22 @@ class Predictor(ABC):
         """A PNG of inputs and what was said of them, where :attr:`can_draw`."""
         raise NotImplementedError
 
+
+class OneClass(Predictor):
+    """One of the model's classes for each input."""
+
+    kind = "labels"
+
+    def truth(self, label: Any) -> Found:
+        known = label is not None and str(label) in self.model.config.label2id
+        return {"truth": str(label)} if known else {}
+
+    def right(self, one: Found) -> list[bool]:
+        return [one["truth"] == one["label"]] if "truth" in one else []
+
+    def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
+        return self.scores(out.logits)
+
     def scores(self, logits: torch.Tensor) -> list[Found]:
         """Classes by probability, of the last dimension of logits (B, labels)."""
         names = self.model.config.id2label
@@ -88,10 +121,11 @@ class Predictor(ABC):
 
 
 class FilePredictor(Predictor):
-    """Files of some kind; a folder stands for all in it."""
+    """Files of some kind; a folder stands for all in it, a table for those that it names."""
 
     takes_text = False
     suffixes: ClassVar[tuple[str, ...]]
+    column: ClassVar[str]  # of a table, with paths from where it lies
     processor_class: ClassVar[type[Any]]
 
     @classmethod
@@ -102,17 +136,47 @@ class FilePredictor(Predictor):
         place = Path(path)
         if not place.exists():
             raise DataError(f"{path}: no such file or folder")
+        if is_table(path) and place.is_file():
+            return self.rows(path)
         files = (
             [file for file in place.rglob("*") if file.suffix.lower() in self.suffixes] if place.is_dir() else [place]
         )
         if not files:
             raise DataError(f"{path}: no {self.what} in it ({', '.join(self.suffixes)})")
-        return [{"name": str(file), "input": str(file), **self.truth(place, file)} for file in sorted(files)]
+        named = place.is_dir()  # after a class, perhaps
+        return [self.of_file(str(file), file.parent.name if named else None) for file in sorted(files)]
 
-    def truth(self, place: Path, file: Path) -> Found:
-        """The class that a folder is named after, if it is one."""
-        labels = set(self.model.config.id2label.values())
-        return {"truth": file.parent.name} if place.is_dir() and file.parent.name in labels else {}
+    def rows(self, path: str) -> list[Found]:
+        """The files that a table names, and their labels, which may be missing. Raises DataError."""
+        found: list[Found] = []
+        for number, row in enumerate(read_table(path, (self.column,), ("label",)), 1):
+            where = f"{path}: row {number}"
+            file = path_of(row, self.column, where, Path(path).parent)
+            if not os.path.isfile(file):
+                raise DataError(
+                    f"{where}: its {self.column} is {row[self.column]!r}, and there is no file {file}; it must be the "
+                    "path of one from where the table lies"
+                )
+            found.append(self.of_file(file, row.get("label")))
+        return found
 
-    def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
-        return self.scores(out.logits)
+    def of_file(self, name: str, label: Any) -> Found:
+        return {"name": name, "input": name, **self.truth(label)}
+
+
+def is_table(path: str) -> bool:
+    """By its name."""
+    return path.removesuffix(".gz").endswith(KINDS)
+
+
+@contextmanager
+def any_script() -> Iterator[None]:
+    """Drawing texts of any script: by more fonts, where there are some, and in silence about what they all lack."""
+    import matplotlib
+    from matplotlib.font_manager import fontManager
+
+    installed = set(fontManager.get_font_names())
+    families = [*matplotlib.rcParams["font.family"], *(name for name in FALLBACK_FONTS if name in installed)]
+    with warnings.catch_warnings(), matplotlib.rc_context({"font.family": families}):
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield

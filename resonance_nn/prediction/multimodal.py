@@ -15,7 +15,7 @@ from resonance_nn.data.tables import Row
 from resonance_nn.loading import load_processor
 from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceForMultimodalClassification
 from resonance_nn.plots import plot_retrieval
-from resonance_nn.prediction.base import Batch, Found, Predictor
+from resonance_nn.prediction.base import Batch, Found, OneClass, Predictor, any_script
 from resonance_nn.processor import ResonanceProcessor
 from resonance_nn.tasks.multimodal import ORIGIN, MultimodalBatch, read_rows
 
@@ -37,31 +37,19 @@ class MultimodalPredictor(Predictor):
         found: list[Found] = []
         for row in read_rows(path):
             if not any(row[name] for name in kinds):
-                raise DataError(f"{row['name']}: has none of {', '.join(kinds)}")
+                raise DataError(f"{row[ORIGIN]}: has none of {', '.join(kinds)}, which this model reads; leave it out")
             own = {name: row[name] for name in MODALITIES}
-            found.append({"name": row[ORIGIN], "input": said_of(row, kinds), **own, **self.truth(row)})
+            found.append({"name": row[ORIGIN], "input": said_of(row, kinds), **own, **self.truth(row.get("label"))})
         return found
-
-    def truth(self, row: Row) -> Found:
-        """What a row itself says of the answer."""
-        return {}
 
     def batch(self, inputs: list[Found]) -> Batch:
         return MultimodalBatch(self.processor, self.model.config)(inputs)
 
 
-class MultimodalClasses(MultimodalPredictor):
+class MultimodalClasses(OneClass, MultimodalPredictor):
     """The class of each row."""
 
-    kind = "labels"
     architecture = ResonanceForMultimodalClassification
-
-    def truth(self, row: Row) -> Found:
-        label = str(row.get("label"))
-        return {"truth": label} if label in self.model.config.label2id else {}
-
-    def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
-        return self.scores(out.logits)
 
 
 class MultimodalMatches(MultimodalPredictor):
@@ -95,6 +83,7 @@ class MultimodalMatches(MultimodalPredictor):
             one |= {"input": said_of(one, [asked]) or one["input"], "label": first["input"], "score": first["score"]}
         return found
 
+    @any_script()
     def draw(self, found: list[Found], path: str) -> None:
         """A sheet of eight queries, taken evenly, with their best matches."""
         asked, *others = self.model.config.modalities
@@ -102,7 +91,10 @@ class MultimodalMatches(MultimodalPredictor):
         rows = []
         asking = [one for one in found if one["matches"]]
         if not asking:
-            raise ValueError(f"--picture {path!r}: no row has {asked} to find {', '.join(others)} by")
+            wanted = ", ".join(others)
+            asks = any(one[asked] for one in found)
+            lack = f"no row has {wanted} to be found by {asked}" if asks else f"no row has {asked} to find {wanted} by"
+            raise ValueError(f"--picture {path!r}: {lack}; --json keeps what there is")
         for one in asking[:: -(-len(asking) // SHOWN)]:
             matches = [(self.shown(named[m["name"]], others), m["score"], m["right"]) for m in one["matches"]]
             rows.append((self.shown(one, [asked]), one["rank"], matches))

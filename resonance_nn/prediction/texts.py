@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
 from resonance_nn.data import encode_bytes, encode_text
 from resonance_nn.data.documents import DataError
-from resonance_nn.data.tables import KINDS, read_lines, read_table
+from resonance_nn.data.tables import Row, is_missing, label_of, read_lines, read_table, text_of
 from resonance_nn.evaluation import autocast
 from resonance_nn.loading import load_tokenizer
 from resonance_nn.models.encoder import (
@@ -20,58 +20,84 @@ from resonance_nn.models.encoder import (
     ResonanceForTokenClassification,
 )
 from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
-from resonance_nn.prediction.base import Batch, Found, Predictor
+from resonance_nn.prediction.base import Batch, Found, OneClass, Predictor, is_table
 from resonance_nn.tasks.text import padded
 from resonance_nn.tasks.translation import translate
 
 
 class TextPredictor(Predictor):
-    """Texts: the lines of a file, or the field ``text`` of a table."""
+    """Texts: the lines of a file, or a column of a table."""
 
     what = "texts"
+    columns: ClassVar[tuple[str, ...]] = ("text",)  # the first that the table has
 
     @classmethod
     def load_processor(cls, folder: Path) -> Any:
         return load_tokenizer(folder)
 
     def files(self, path: str) -> list[Found]:
-        if path.removesuffix(".gz").endswith(KINDS):
-            rows = read_table(path, ("text",), optional=("label",))
-            return [{"name": f"{path}:{i}", "input": str(row["text"]), **_truth(row)} for i, row in enumerate(rows, 1)]
+        if is_table(path):
+            column = column_of(path, self.columns)
+            rows = read_table(path, (column,), optional=("label",))
+            return [
+                {"name": f"{path}:{i}", **self.of_row(row, column, f"{path}: row {i}")} for i, row in enumerate(rows, 1)
+            ]
         lines = [(i, line) for i, line in enumerate(read_lines(path), 1) if line.strip()]
         if not lines:
             raise DataError(f"{path}: holds no text")
         return [{"name": f"{path}:{i}", "input": line} for i, line in lines]
 
+    def of_row(self, row: Row, column: str, where: str) -> Found:
+        """What a row of a table holds. Raises DataError."""
+        text = "" if is_missing(row[column]) else text_of(row, column, where)
+        return {"input": text, **self.truth(row.get("label"))}
+
     def batch(self, inputs: list[Found]) -> Batch:
-        ids = [self.ids(one["input"]) for one in inputs]
+        ids = [self.ids(one) for one in inputs]
         mask = padded([[1] * len(row) for row in ids], 0)
         return {"input_ids": padded(ids, self.processor.pad_token_id or 0), "attention_mask": mask}
 
-    def ids(self, text: str) -> list[int]:
+    def ids(self, one: Found) -> list[int]:
         """At least one token."""
-        return encode_text(self.processor, text)
+        return encode_text(self.processor, one["input"])
 
 
-class TextClasses(TextPredictor):
-    kind = "labels"
+class TextClasses(OneClass, TextPredictor):
     architecture = ResonanceForSequenceClassification
-
-    def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
-        return self.scores(out.logits)
 
 
 class WordClasses(TextPredictor):
+    """Words between spaces, or those that a table lists as ``tokens``, and their ``tags``, which may be missing."""
+
     kind = "labels of words"
     architecture = ResonanceForTokenClassification
+    columns = ("tokens", "text")
+    judged = "words"
 
-    def ids(self, text: str) -> list[int]:
-        return self.words(text)[0]
+    def of_row(self, row: Row, column: str, where: str) -> Found:
+        if column == "text":
+            return super().of_row(row, column, where)
+        words, tags = row["tokens"], row.get("tags")
+        if not isinstance(words, list) or not words:
+            raise DataError(f"{where}: its tokens are {words!r:.60}; they must be a list of words, not empty")
+        if tags is not None and (not isinstance(tags, list) or len(tags) != len(words)):
+            raise DataError(f"{where}: its tags are {tags!r:.60}; they must be a list of {len(words)}, one a token")
+        words = [label_of(word, where, f"token {i}") for i, word in enumerate(words, 1)]
+        known = {} if tags is None else {"tags": [None if is_missing(tag) else str(tag) for tag in tags]}
+        return {"input": " ".join(words), "tokens": words, **known}
 
-    def words(self, text: str) -> tuple[list[int], list[int]]:
-        """The tokens of a text, and where each of its words begins among them."""
+    def right(self, one: Found) -> list[bool]:
+        known = self.model.config.label2id
+        pairs = zip(one.get("tags", ()), one["words"], strict=False)
+        return [tag == word["label"] for tag, word in pairs if tag in known]
+
+    def ids(self, one: Found) -> list[int]:
+        return self.encoded(words_of(one))[0]
+
+    def encoded(self, words: list[str]) -> tuple[list[int], list[int]]:
+        """The tokens of words, and where each word begins among them."""
         ids, first = encode_text(self.processor, ""), []
-        for i, word in enumerate(text.split()):
+        for i, word in enumerate(words):
             first.append(len(ids))
             ids += encode_bytes(self.processor, f"{' ' if i else ''}{word}".encode())
         return ids, first
@@ -79,8 +105,8 @@ class WordClasses(TextPredictor):
     def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
         names, said = self.model.config.id2label, []
         for one, p in zip(inputs, out.logits.float().softmax(-1).cpu(), strict=True):
-            best = p[self.words(one["input"])[1]].max(-1)
-            words = zip(one["input"].split(), best.indices.tolist(), best.values.tolist(), strict=True)
+            best = p[self.encoded(words_of(one))[1]].max(-1)
+            words = zip(words_of(one), best.indices.tolist(), best.values.tolist(), strict=True)
             tags = [{"word": word, "label": names[i], "score": score} for word, i, score in words]
             said.append({"label": " ".join(f"{tag['word']}/{tag['label']}" for tag in tags), "words": tags})
         return said
@@ -92,11 +118,11 @@ class HiddenWords(TextPredictor):
     kind = "hidden tokens"
     architecture = ResonanceForMaskedLM
 
-    def ids(self, text: str) -> list[int]:
+    def ids(self, one: Found) -> list[int]:
         mask = self.processor.mask_token
-        parts = text.split(mask)
+        parts = one["input"].split(mask)
         if len(parts) < 2:
-            raise DataError(f"text {text!r}: has no {mask}, behind which something could be hidden")
+            raise DataError(f"text {one['input']!r}: has no {mask}, behind which something could be hidden")
         ids = encode_text(self.processor, "")
         for i, part in enumerate(parts):
             ids += ([self.processor.mask_token_id] if i else []) + encode_bytes(self.processor, part.encode())
@@ -107,7 +133,7 @@ class HiddenWords(TextPredictor):
         for hidden, logits in zip(batch["input_ids"] == self.processor.mask_token_id, out.logits, strict=True):
             holes: list[list[Found]] = []
             for of_hole in logits[hidden.to(logits.device)].float().softmax(-1).cpu():
-                best = of_hole.topk(self.top)
+                best = of_hole.topk(min(self.top, len(of_hole)))
                 pairs = zip(best.indices.tolist(), best.values.tolist(), strict=True)
                 holes.append([{"token": self.processor.decode([i]), "score": score} for i, score in pairs])
             said.append({"label": " | ".join(hole[0]["token"] for hole in holes), "masks": holes})
@@ -141,6 +167,7 @@ class Translations(TextPredictor):
 
     kind = "translations"
     architecture = ResonanceForConditionalGeneration
+    columns = ("source", "text")
 
     def __call__(
         self, inputs: Sequence[Found], *, batch_size: int = 32, precision: str = "fp32", progress: bool = False
@@ -153,5 +180,14 @@ class Translations(TextPredictor):
         raise NotImplementedError("a translation is made token by token")
 
 
-def _truth(row: dict[str, Any]) -> Found:
-    return {"truth": str(row["label"])} if row.get("label") is not None else {}
+def words_of(one: Found) -> list[str]:
+    return one["tokens"] if "tokens" in one else one["input"].split()
+
+
+def column_of(path: str, names: Sequence[str]) -> str:
+    """The first of these columns that a table has, or the last of all: that of a .tsv without a line of names."""
+    try:
+        first = read_table(path, ())[0]
+    except DataError:  # reading that column says it again
+        return names[-1]
+    return next((name for name in names if name in first), names[-1])

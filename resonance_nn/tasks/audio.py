@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import wave
 from collections import Counter
@@ -18,9 +19,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EvalPrediction, Wav2Vec2FeatureExtractor
 
-from resonance_nn.data.audio import normalised, read_audio
+from resonance_nn.data.audio import RATES, normalised, read_audio
 from resonance_nn.data.documents import DataError
-from resonance_nn.data.tables import KINDS, read_table
+from resonance_nn.data.tables import KINDS, Row, label_of, path_of, read_table
 from resonance_nn.models.audio import (
     AudioEmbedding,
     ResonanceForAudioClassification,
@@ -61,8 +62,11 @@ def find_sounds(path: str) -> list[Sound]:
         if not found:
             raise DataError(f"{path}: no sounds in folders of it; there must be one for each class")
         return found
-    rows = read_table(place, ("audio", "label"))
-    return [Sound(str(place.parent / row["audio"]), str(row["label"]), row=row) for row in rows]
+    sounds: list[Sound] = []
+    for number, row in enumerate(read_table(place, ("audio", "label")), 1):
+        where = f"{path}: row {number}"
+        sounds.append(Sound(path_of(row, "audio", where, place.parent), label_of(row["label"], where), row=row))
+    return sounds
 
 
 def find_events(path: str) -> list[Sound]:
@@ -72,14 +76,30 @@ def find_events(path: str) -> list[Sound]:
         raise DataError(f"{path}: must be a .jsonl file with audio and events, each with start, end and label")
     sounds: list[Sound] = []
     for number, row in enumerate(read_table(place, ("audio", "events")), 1):
-        try:
-            events = tuple((float(e["start"]), float(e["end"]), str(e["label"])) for e in row["events"])
-        except (TypeError, KeyError, ValueError):
-            raise DataError(f"{path}: row {number}: each of its events must have start, end and label") from None
-        if any(not 0 <= start < end for start, end, _ in events):
-            raise DataError(f"{path}: row {number}: an event must start at 0 or later and before its end, in seconds")
-        sounds.append(Sound(str(place.parent / row["audio"]), events=events, row=row))
+        where = f"{path}: row {number}"
+        sounds.append(Sound(path_of(row, "audio", where, place.parent), events=_events(row, where), row=row))
     return sounds
+
+
+def _events(row: Row, where: str) -> tuple[Event, ...]:
+    given, events = row["events"], list[Event]()
+    if not isinstance(given, list):
+        raise DataError(f"{where}: its events are {given!r:.60}; they must be a list, [] where nothing is heard")
+    for number, event in enumerate(given, 1):
+        try:
+            start, end, label = float(event["start"]), float(event["end"]), event["label"]
+        except (TypeError, KeyError, ValueError, OverflowError):
+            raise DataError(
+                f"{where}: its event {number} is {event!r:.60}; it must have start, end and label, such as "
+                '{"start": 0.5, "end": 1.2, "label": "bark"}'
+            ) from None
+        if not 0 <= start < end < math.inf:
+            raise DataError(
+                f"{where}: its event {number} is from {start:g} to {end:g}; it must start at 0 or later and before its "
+                "end, in seconds"
+            )
+        events.append((start, end, label_of(label, f"{where}: event {number}")))
+    return tuple(events)
 
 
 class Sounds(Dataset[Any]):
@@ -233,15 +253,23 @@ class SoundBatch:
 
 
 def common_rate(paths: Sequence[str]) -> int:
-    """The sampling rate that most of some WAV files have, at most 16,000."""
-    rates = [rate for path in paths[:: max(1, len(paths) // 200)] if (rate := rate_of(path))]
+    """The sampling rate that most of some files have, at most 16,000."""
+    lowest, highest = RATES
+    rates = [rate for path in paths[:: max(1, len(paths) // 200)] if lowest <= (rate := rate_of(path) or 0) <= highest]
     return min(HIGHEST, Counter(rates).most_common(1)[0][0] if rates else HIGHEST)
 
 
 def rate_of(path: str) -> int | None:
-    """The sampling rate of a WAV file; None of any other."""
+    """The sampling rate that a file's header says; None where it cannot be read, of other files than WAV without
+    soundfile too. What is wrong with a file, :func:`read_audio` says."""
     try:
         with wave.open(path) as file:
             return file.getframerate()
-    except (OSError, EOFError, wave.Error):
+    except (OSError, EOFError, wave.Error, RuntimeError):  # RuntimeError: a damaged size
+        pass
+    try:
+        import soundfile
+
+        return soundfile.info(path).samplerate
+    except (ImportError, OSError, RuntimeError):  # OSError: without its C library
         return None

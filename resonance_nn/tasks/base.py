@@ -16,14 +16,26 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import DefaultDataCollator, EvalPrediction, PreTrainedModel, TrainerState, set_seed
 
+from resonance_nn import models
 from resonance_nn.arguments import TrainArguments
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data.documents import DataError
 from resonance_nn.loading import load_config, load_weights
+from resonance_nn.models.audio import AudioEncoder
 from resonance_nn.models.base import ResonancePreTrainedModel
+from resonance_nn.models.multimodal import MultimodalEncoder
+from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
+from resonance_nn.models.vision import ResonanceForImageClassification
 from resonance_nn.tasks.augment import check_changes
 
 Build = Callable[[ResonanceConfig], PreTrainedModel]
+INPUTS: dict[str, type[ResonancePreTrainedModel]] = {  # of models: the first that a class is of
+    "images": ResonanceForImageClassification,
+    "sounds": AudioEncoder,
+    "rows of several modalities": MultimodalEncoder,
+    "texts and their translations": ResonanceForConditionalGeneration,
+    "texts": ResonancePreTrainedModel,
+}
 
 
 @dataclass
@@ -70,6 +82,8 @@ class Task(ABC):
         a = self.arguments
         check_changes(a.augment, self.changes, self.name)
         self.start = a.changed(load_config(a.init)) if a.init else a.model_config(self.fields)
+        if a.init:
+            self._check_inputs(a.init)
         if a.r_drop and not self.predicts_classes:
             raise ValueError(f"r_drop = {a.r_drop!r}: {self.name} has no classes to agree on; leave it out")
         if a.r_drop and not self.start.dropout:
@@ -77,6 +91,13 @@ class Task(ABC):
                 f"r_drop = {a.r_drop!r}: both passes are the same without dropout; give --dropout 0.1, say"
             )
         return self.start
+
+    def _check_inputs(self, init: str) -> None:
+        """Raise ValueError where the model to start from is of other inputs, by the class that it names."""
+        own = (self.start.architectures or [""])[0]
+        kind, needed = getattr(models, own, None), inputs_of(self.architecture)
+        if kind is not None and inputs_of(kind) != needed:
+            raise ValueError(f"init = {init!r}: is a {own}; go on from a model of {needed}")
 
     @abstractmethod
     def read(self) -> Any:
@@ -166,6 +187,11 @@ class ExamplesTask(Task):
             if row[column] in (None, ""):
                 raise DataError(f"hold_out = {column!r}: is empty in example {number:,} of the data")
         return [str(self.row(example)[column]) for example in examples]
+
+
+def inputs_of(kind: type[ResonancePreTrainedModel]) -> str:
+    """What a class of models reads."""
+    return next(name for name, base in INPUTS.items() if issubclass(kind, base))
 
 
 def training_loss(state: TrainerState) -> dict[str, float | None]:

@@ -19,7 +19,7 @@ from transformers import EvalPrediction
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.images import channels_of, read_idx
-from resonance_nn.data.tables import KINDS, read_table
+from resonance_nn.data.tables import KINDS, label_of, path_of, read_table
 from resonance_nn.image_processor import ResonanceImageProcessor
 from resonance_nn.loading import load_processor, model_folder
 from resonance_nn.models.vision import ResonanceForImageClassification
@@ -59,8 +59,11 @@ def find_pictures(path: str) -> list[Picture]:
     if not place.is_file():
         raise DataError(f"{path}: no such file or folder")
     if place.name.removesuffix(".gz").endswith(KINDS):
-        rows = read_table(path, ("image", "label"))
-        return [Picture(str(place.parent / row["image"]), str(row["label"]), row) for row in rows]
+        pictures: list[Picture] = []
+        for number, row in enumerate(read_table(place, ("image", "label")), 1):
+            where = f"{path}: row {number}"
+            pictures.append(Picture(path_of(row, "image", where, place.parent), label_of(row["label"], where), row))
+        return pictures
     images = read_idx(place)
     beside = place.parent / place.name.replace("images-idx3", "labels-idx1").replace("images.idx3", "labels.idx1")
     if images.ndim != 3 or beside == place or not beside.is_file():
@@ -130,9 +133,9 @@ class ImageClassification(ExamplesTask):
     architecture = ResonanceForImageClassification
 
     def initial(self) -> ResonanceConfig:
-        init = self.arguments.init
+        config, init = super().initial(), self.arguments.init
         self.processor = load_processor(model_folder(init), ResonanceImageProcessor) if init else None
-        return super().initial()
+        return config
 
     def find(self, path: str) -> list[Picture]:
         return find_pictures(path)

@@ -20,7 +20,7 @@ from resonance_nn.config_checks import MODALITIES
 from resonance_nn.data import tokenizer_vocab_size, train_tokenizer
 from resonance_nn.data.audio import read_audio
 from resonance_nn.data.documents import DataError
-from resonance_nn.data.tables import Row, read_table
+from resonance_nn.data.tables import Row, is_missing, label_of, path_of, read_table, text_of
 from resonance_nn.image_processor import ResonanceImageProcessor
 from resonance_nn.loading import load_processor, load_tokenizer, model_folder
 from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceForMultimodalClassification
@@ -40,14 +40,16 @@ def read_rows(path: str, columns: Sequence[str] = ()) -> list[Row]:
     missing; each with where it is from, as ``ORIGIN``. Raises DataError."""
     rows, place = read_table(path, columns), Path(path).parent
     for number, row in enumerate(rows, 1):
-        row[ORIGIN] = f"{path}: row {number}"
+        row[ORIGIN] = where = f"{path}: row {number}"
         for name in MODALITIES:
-            value = row.get(name) or None
-            if value is not None and not isinstance(value, str):
-                raise DataError(f"{row[ORIGIN]}: its {name} is {value!r}, not a text or a path")
-            row[name] = str(place / value) if value and name != "text" else value
+            if is_missing(row.get(name)):
+                row[name] = None
+            else:
+                row[name] = text_of(row, name, where) if name == "text" else path_of(row, name, where, place)
         if not any(row[name] for name in MODALITIES):
-            raise DataError(f"{row[ORIGIN]}: has none of {', '.join(MODALITIES)}")
+            raise DataError(f"{where}: has none of {', '.join(MODALITIES)}")
+        if "label" in columns:
+            label_of(row["label"], where)
     return rows
 
 
@@ -190,6 +192,13 @@ class MultimodalRetrieval(MultimodalClassification):
         if len(kinds) < 2:
             raise DataError(f"modalities = {kinds}: one is to find another, so two or more are needed")
         return kinds
+
+    def write(self, examples: tuple[list[Row], list[Row]], folder: Path) -> dict[str, str]:
+        asked, *others = self.modalities(examples[0])
+        for rows, of_what in zip(examples, ("training", "held-out"), strict=True):
+            if not any(row[asked] and any(row[name] for name in others) for row in rows):
+                raise DataError(f"the {of_what} data have no row with {asked} and {' or '.join(others)}, to find it by")
+        return super().write(examples, folder)
 
     def facts(self, examples: tuple[list[Row], list[Row]], kinds: Sequence[str]) -> dict[str, Any]:
         return {}

@@ -17,7 +17,7 @@ from transformers import EvalPrediction, PreTrainedTokenizerBase
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data import encode_bytes, encode_text, tokenizer_fingerprint, tokenizer_vocab_size, train_tokenizer
 from resonance_nn.data.documents import DataError
-from resonance_nn.data.tables import Row, read_table
+from resonance_nn.data.tables import Row, label_of, read_table, text_of
 from resonance_nn.loading import load_tokenizer, model_folder
 from resonance_nn.models.encoder import (
     ResonanceForSentenceEmbedding,
@@ -69,9 +69,11 @@ class TextTask(ExamplesTask):
     def find(self, path: str) -> list[Row]:
         rows = read_table(path, self.columns)
         for number, row in enumerate(rows, 1):
+            where = f"{path}: row {number}"
             for name in self.texts:
-                if not isinstance(row[name], str) or not row[name].strip():
-                    raise DataError(f"{path}: row {number}: its {name} is {row[name]!r}; it must be a text, not empty")
+                text_of(row, name, where)
+            if "label" in self.columns:
+                label_of(row["label"], where)
         return rows
 
     def write(self, examples: tuple[list[Row], list[Row]], folder: Path) -> dict[str, str]:
@@ -174,6 +176,9 @@ class TokenClassification(TextTask):
             lists = isinstance(row["tokens"], list) and isinstance(row["tags"], list)
             if not lists or len(row["tokens"]) != len(row["tags"]) or not row["tokens"]:
                 raise DataError(f"{path}: row {number}: tokens and tags must be lists of equal length, not empty")
+            for name in ("token", "tag"):
+                for i, value in enumerate(row[f"{name}s"], 1):
+                    label_of(value, f"{path}: row {number}", f"{name} {i}")
             row["text"] = " ".join(map(str, row["tokens"]))
         return rows
 

@@ -1,0 +1,295 @@
+"""`resonance predict` reads the tables that its tasks train on, judges only what is known, and says what is amiss."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import struct
+import warnings
+import wave
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from resonance_nn.cli import main
+
+SMALL = ["--set", "hidden_size=16", "--set", "num_hidden_layers=1", "--set", "chunk_size=16", "--precision", "fp32"]
+SMALL += ["--steps", "1", "--batch-size", "8"]
+TEXTS = ["--vocab-size", "300"]
+SOUNDS = ["--set", "front_end=log_mel", "--set", "num_mel_bins=16"]
+RETRIEVAL = ["--set", 'modalities=["text","image","audio"]']
+CASES = {
+    "text-classification": ("texts.csv", TEXTS),
+    "token-classification": ("words.jsonl", TEXTS),
+    "sentence-embedding": ("pairs.jsonl", TEXTS),
+    "fill-mask": ("plain.txt", [*TEXTS, "--seq-len", "32"]),
+    "translation": ("pairs.tsv", TEXTS),
+    "image-classification": ("files/pictures.csv", ["--set", "patch_size=2"]),
+    "audio-classification": ("files/sounds.tsv", SOUNDS),
+    "audio-event-detection": ("files/events.jsonl", SOUNDS),
+    "multimodal-classification": ("files/images.jsonl", TEXTS),
+    "multimodal-retrieval": ("files/all.jsonl", [*TEXTS, *SOUNDS, *RETRIEVAL]),
+}
+Predict = Callable[..., dict[str, Any]]
+
+
+def write_wave(path: Path, samples: np.ndarray) -> None:
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, 4000, 0, "NONE", ""))
+        file.writeframes((samples * 8000).astype("<i2").tobytes())
+
+
+def write_lines(path: Path, *lines: str) -> None:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Tables of 16 rows and two classes; those that name files lie beside them."""
+    folder = tmp_path_factory.mktemp("data")
+    (folder / "files").mkdir()
+    rng, rows = np.random.default_rng(0), range(16)
+    labels = [("red", "blue")[i % 2] for i in rows]
+    for i in rows:
+        Image.fromarray(rng.integers(0, 255, (8, 8), dtype=np.uint8)).save(folder / "files" / f"{i}.png")
+        write_wave(folder / "files" / f"{i}.wav", rng.normal(0, 0.3, 1600))
+    event = {"start": 0.1, "end": 0.3, "label": "beep"}
+    everything = [{"text": f"number {i}", "image": f"{i}.png", "audio": f"{i}.wav"} for i in rows]
+    objects = {
+        "words.jsonl": [{"tokens": ["New York", "is", str(i)], "tags": ["NAME", "WORD", "NUM"]} for i in rows],
+        "pairs.jsonl": [{"text": f"{i} of them", "pair": f"they are {i}"} for i in rows],
+        "files/events.jsonl": [{"audio": f"{i}.wav", "events": [event][: i % 2]} for i in rows],
+        "files/images.jsonl": [{"image": f"{i}.png", "label": labels[i]} for i in rows],
+        "files/all.jsonl": everything,
+    }
+    for name, found in objects.items():
+        write_lines(folder / name, *map(json.dumps, found))
+    write_lines(folder / "plain.txt", *(f"the number {i}" for i in rows))
+    write_lines(folder / "texts.csv", "text,label", *(f"a {labels[i]} thing,{labels[i]}" for i in rows))
+    write_lines(folder / "pairs.tsv", *(f"one {i}\teins {i}" for i in rows))
+    write_lines(folder / "files/pictures.csv", "label,image", *(f"{labels[i]},{i}.png" for i in rows))
+    write_lines(folder / "files/sounds.tsv", *(f"{i}.wav\t{labels[i]}" for i in rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(data, tmp_path_factory):
+    """A model of a task, trained for one step when first asked for."""
+    folder = tmp_path_factory.mktemp("models")
+
+    def model(task: str) -> str:
+        if not (folder / task).exists():
+            source, extra = CASES[task]
+            words = ["train", "--task", task, "--data", str(data / source), "--output-dir", str(folder / task)]
+            assert main([*words, *SMALL, *extra]) == 0
+        return str(folder / task)
+
+    return model
+
+
+@pytest.fixture
+def predict(models, tmp_path, capsys) -> Predict:
+    """What `predict` wrote as --json, and printed, as ``out``."""
+
+    def run(task: str, *words: Any) -> dict[str, Any]:
+        model = models(task)
+        capsys.readouterr()
+        assert main(["predict", model, *map(str, words), "--json", str(tmp_path / "p.json")]) == 0
+        printed = capsys.readouterr()
+        assert "Warning" not in printed.err
+        return {**json.loads((tmp_path / "p.json").read_text()), "out": printed.out}
+
+    return run
+
+
+@pytest.fixture
+def refused(models, capsys) -> Callable[..., str]:
+    """The one line that `predict` refuses with."""
+
+    def run(task: str, *words: Any) -> str:
+        model = models(task)
+        capsys.readouterr()
+        assert main(["predict", model, *map(str, words)]) == 2
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("error: ")
+        assert "\n" not in error
+        return error
+
+    return run
+
+
+JUDGED = {
+    "text-classification": (16, "inputs"),
+    "token-classification": (48, "words"),
+    "image-classification": (16, "inputs"),
+    "audio-classification": (16, "inputs"),
+    "multimodal-classification": (16, "inputs"),
+}
+
+
+@pytest.mark.parametrize("task", [task for task in CASES if task != "fill-mask"])
+def test_it_reads_what_its_task_trains_on(task, data, predict):
+    """Classifiers say how often they are right, others do not."""
+    said = predict(task, data / CASES[task][0])
+    assert len(said["found"]) == 16
+    if task not in JUDGED:
+        assert said["rows"] == []
+        assert "known" not in said["out"]
+        return
+    number, unit = JUDGED[task]
+    assert f"% of the {number} {unit} whose label is known are right" in said["out"]
+    assert [row["metric"] for row in said["rows"]] == ["accuracy"]
+    right = [one["truth"] == one["label"] for one in said["found"] if "truth" in one]
+    if task == "token-classification":
+        tags = ("NAME", "WORD", "NUM")
+        right = [w["label"] == tag for one in said["found"] for w, tag in zip(one["words"], tags, strict=True)]
+        assert [w["word"] for w in said["found"][7]["words"]] == ["New York", "is", "7"]
+    assert said["rows"][0]["ours"] == pytest.approx(sum(right) / number)
+
+
+def test_a_translation_is_of_the_source(data, predict):
+    assert [one["input"] for one in predict("translation", data / "pairs.tsv")["found"][:2]] == ["one 0", "one 1"]
+    (data / "named.csv").write_text("target,source\neins,one\n")
+    (data / "text.jsonl").write_text('{"text": "two"}\n')
+    said = predict("translation", data / "named.csv", data / "text.jsonl")
+    assert [one["input"] for one in said["found"]] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("task", "column", "suffix"),
+    [
+        ("image-classification", "image", "png"),
+        ("audio-classification", "audio", "wav"),
+        ("audio-event-detection", "audio", "wav"),
+    ],
+)
+def test_tables_of_files(task, column, suffix, data, predict, refused):
+    """Paths are from where the table lies; labels may be missing, empty or unknown."""
+    labels = [{"label": "red"}, {}, {"label": None}, {"label": ""}, {"label": "green"}, {"label": "blue"}]
+    table = data / "files" / "some.jsonl"
+    write_lines(table, *(json.dumps({column: f"{i}.{suffix}", **label}) for i, label in enumerate(labels)))
+    said = predict(task, table)
+    assert [one["input"] for one in said["found"]] == [str(data / "files" / f"{i}.{suffix}") for i in range(6)]
+    truths = [one.get("truth") for one in said["found"]]
+    if task == "audio-event-detection":
+        assert not any(truths)
+    else:
+        assert truths == ["red", None, None, None, None, "blue"]
+        assert "of the 2 inputs" in said["out"]
+    with gzip.open(data / "files" / "bare.csv.gz", "wt") as file:
+        file.write(f"{column}\n3.{suffix}\n")
+    (one,) = predict(task, data / "files" / "bare.csv.gz")["found"]
+    assert (one["input"], "truth" in one) == (str(data / "files" / f"3.{suffix}"), False)
+    bad = data / "files" / "bad.jsonl"
+    for value in ("nowhere", "", 5):
+        write_lines(bad, json.dumps({column: f"0.{suffix}"}), json.dumps({column: value}))
+        error = refused(task, bad)
+        assert f"bad.jsonl: row 2: its {column} is {value!r}" in error
+        assert "remove" not in error
+    write_lines(bad, '{"other": 1}')
+    assert f"bad.jsonl:1: has no {column!r}" in refused(task, bad)
+
+
+def test_pictures_as_mnists(data, predict):
+    images = np.random.default_rng(0).integers(0, 255, (3, 8, 8), dtype=np.uint8)
+    for name, head, values in (
+        ("t-images-idx3-ubyte", struct.pack(">4I", 0x803, 3, 8, 8), images),
+        ("t-labels-idx1-ubyte", struct.pack(">2I", 0x801, 3), np.arange(3, dtype=np.uint8)),
+    ):
+        (data / name).write_bytes(head + values.tobytes())
+    said = predict("image-classification", data / "t-images-idx3-ubyte", "--picture", data / "p.png")
+    assert [Path(one["input"]).name for one in said["found"]] == [f"t-images-idx3-ubyte: image {i}" for i in (1, 2, 3)]
+    assert (data / "p.png").read_bytes()[:4] == b"\x89PNG"
+    assert said["rows"] == []  # its digits are no labels of this model
+
+
+def test_tables_of_words(data, predict, refused):
+    """Tags may be missing or unknown; words are those that are listed."""
+    table = data / "some-words.jsonl"
+    rows = [{"tokens": ["a b", 5]}, {"tokens": ["b", "c", "d"], "tags": ["NUM", "?", None]}]
+    rows.append({"tokens": ["e"], "tags": None})
+    write_lines(table, *map(json.dumps, rows))
+    said = predict("token-classification", table)
+    assert [[w["word"] for w in one["words"]] for one in said["found"]] == [["a b", "5"], ["b", "c", "d"], ["e"]]
+    assert "of the 1 words" in said["out"]
+    (data / "as-text.csv").write_text("text,label\nis it 5,NUM\n")
+    (data / "as-text.tsv").write_text("is it 5\tNUM\n")
+    said = predict("token-classification", data / "as-text.csv", data / "as-text.tsv")
+    assert [[w["word"] for w in one["words"]] for one in said["found"]] == [["is", "it", "5"]] * 2
+    assert said["rows"] == []
+    for row, message in (
+        ({"tokens": "a b"}, "row 1: its tokens are 'a b'; they must be a list of words"),
+        ({"tokens": []}, "row 1: its tokens are []"),
+        ({"tokens": ["a", ""]}, "row 1: its token 2 is ''"),
+        ({"tokens": ["a"], "tags": ["NUM", "NUM"]}, "row 1: its tags are ['NUM', 'NUM']; they must be a list of 1"),
+    ):
+        write_lines(table, json.dumps(row))
+        assert message in refused("token-classification", table)
+
+
+@pytest.mark.parametrize("task", ["text-classification", "sentence-embedding", "fill-mask", "translation"])
+def test_only_labels_of_the_model_are_judged(task, data, predict):
+    table = data / "labels.csv"
+    write_lines(table, "text,label", "a <|mask|>,red", "b <|mask|>,green", "c <|mask|>,", "d <|mask|>,None")
+    said = predict(task, table)
+    assert len(said["found"]) == 4
+    if task == "text-classification":
+        assert [one.get("truth") for one in said["found"]] == ["red", None, None, None]
+        assert "of the 1 inputs whose label is known" in said["out"]
+    else:
+        assert said["rows"] == []
+        assert "known" not in said["out"]
+        assert not any("truth" in one for one in said["found"])
+
+
+def test_more_tokens_asked_for_than_there_are(predict):
+    (one,) = predict("fill-mask", "--text", "the <|mask|>", "--top", 100_000)["found"]
+    scores = [token["score"] for token in one["masks"][0]]
+    assert len(scores) < 1000
+    assert sum(scores) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_row_without_the_models_modalities(data, refused):
+    table = data / "files" / "mixed.jsonl"
+    write_lines(table, '{"image": "0.png"}', '{"text": "only this"}')
+    error = refused("multimodal-classification", table)
+    assert "mixed.jsonl: row 2: has none of image, which this model reads" in error
+
+
+def test_the_picture_says_what_is_missing(data, refused):
+    table = data / "files" / "lone.jsonl"
+    write_lines(table, '{"text": "a"}', '{"text": "b"}')
+    assert "no row has image, audio to be found by text" in refused(
+        "multimodal-retrieval", table, "--picture", data / "p.png"
+    )
+    write_lines(table, '{"image": "0.png"}')
+    assert "no row has text to find image, audio by" in refused(
+        "multimodal-retrieval", table, "--picture", data / "p.png"
+    )
+
+
+def test_short_and_silent_sounds_are_drawn(data, predict):
+    """Warnings are errors here, and a sound may be of one sample."""
+    (data / "short").mkdir()
+    for length in (1, 2, 100, 256, 257):
+        write_wave(data / "short" / f"{length:03}.wav", np.linspace(-1, 1, length))
+    write_wave(data / "short" / "silent.wav", np.zeros(2000))
+    said = predict("audio-event-detection", data / "short", "--picture", data / "p.png")
+    assert len(said["found"]) == 6
+    assert (data / "p.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_captions_of_any_script_are_drawn(data, predict):
+    table = data / "files" / "captions.jsonl"
+    captions = ["一只青蛙", "カエルが跳ぶ", "개구리", "a frog"]
+    write_lines(table, *(json.dumps({"text": text, "image": f"{i}.png"}) for i, text in enumerate(captions)))
+    with warnings.catch_warnings(record=True) as heard:
+        warnings.simplefilter("always")
+        said = predict("multimodal-retrieval", table, "--picture", data / "p.png")
+    assert [one["input"] for one in said["found"]] == captions
+    assert not [warning.message for warning in heard if "Glyph" in str(warning.message)]
+    assert (data / "p.png").read_bytes()[:4] == b"\x89PNG"
