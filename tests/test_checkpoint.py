@@ -14,7 +14,8 @@ import torch
 from resonance_nn import ResonanceForCausalLM
 from resonance_nn.bundled import DEFAULT_MODEL, bundled_models
 from resonance_nn.cli import main
-from resonance_nn.data import encode_bytes
+from resonance_nn.data import encode_bytes, encode_text
+from resonance_nn.infilling import infill_prompt
 from resonance_nn.loading import load_model
 
 ENGLISH = (  # Abraham Lincoln, 1863; not in the training text
@@ -74,13 +75,23 @@ def test_it_has_learned(offline, text, limit):
 
 
 def test_it_fills_holes(offline, capsys, tmp_path):
-    """A line that stands in the file already is found again."""
+    """A line is likelier where it was taken out than in another text, and something is written there; which token is
+    the likeliest, rounding may decide."""
+    model, tokenizer = load_model(DEFAULT_MODEL, dtype=torch.float32)
+    line = "self.counts[item] = self.counts"
+    before, after = PYTHON.split(line)
+    middle, losses = encode_text(tokenizer, line), []
+    for left, right in ((before, after), (ENGLISH[:200], ENGLISH[200:])):
+        prompt = infill_prompt(model, tokenizer, left.encode(), right.encode())
+        ids = torch.tensor([[*prompt, *middle]])
+        labels = ids.masked_fill(torch.arange(ids.shape[1]) < len(prompt), -100)
+        with torch.no_grad():
+            losses.append(float(model(ids, labels=labels).loss) * len(middle))
+    assert losses[0] < losses[1] - 10, losses
     file = tmp_path / "file.py"
-    file.write_text(
-        PYTHON.replace("self.counts[item] = self.counts.get", "<|fill|>.get") + "\n\nprint(Counter('aab'))\n"
-    )
+    file.write_text(f"{before}<|fill|>{after}\n\nprint(Counter('aab'))\n")
     assert main(["generate", "--infill", str(file), "--greedy", "--middle-only", "--max-new-tokens", "20"]) == 0
-    assert "self" in capsys.readouterr().out
+    assert capsys.readouterr().out
 
 
 def test_generate_and_chat_take_it_when_no_model_is_named(offline, capsys, monkeypatch):

@@ -19,8 +19,11 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 def gradients(y: Tensor, inputs: list[Tensor], mixer: torch.nn.Module) -> list[Tensor]:
     """The inputs' gradients one by one; the parameters' as one vector, whose largest entry is the scale: a parameter's
     gradient is a sum over tokens that may nearly cancel, and float32 rounding cannot be measured by what is left.
-    In float64 each parameter counts by itself."""
-    (*of_inputs,) = torch.autograd.grad(y.square().sum(), [*inputs, *mixer.parameters()])
+    In float64 each parameter counts by itself; one whose gradient is less than rounding of the largest has none, as the
+    decays of a memory that nothing was written to."""
+    of_inputs = torch.autograd.grad(y.square().sum(), [*inputs, *mixer.parameters()])
+    least = torch.finfo(torch.float64).eps * max(g.abs().max() for g in of_inputs)
+    of_inputs = [g if g.abs().max() > least else torch.zeros_like(g) for g in of_inputs]
     of_parameters = of_inputs[len(inputs) :]
     if y.dtype != torch.float64:
         of_parameters = [torch.cat([g.flatten() for g in of_parameters])]

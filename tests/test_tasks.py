@@ -375,23 +375,3 @@ def test_what_is_hidden():
 def test_retrieval():
     similarity = torch.tensor([[3.0, 1, 0], [2, 1, 0], [0, 1, 2]])
     assert retrieval(similarity) == pytest.approx({"recall@1": 2 / 3, "recall@10": 1.0})
-
-
-def test_sounds_are_read_with_others_about_as_long(data, tmp_path):
-    from resonance_nn.arguments import TrainArguments
-    from resonance_nn.data.lengths import SimilarLengths
-
-    arguments = TrainArguments(
-        data=[str(data / "sounds")], output_dir=str(tmp_path), task="audio-classification", config={"hidden_size": 16}
-    )
-    task = TASKS["audio-classification"](arguments)
-    task.initial()
-    examples = task.read()
-    task.write(examples, tmp_path)
-    learning = task.learning(examples, tmp_path)
-    assert learning.lengths is not None
-    samples = [len(example["samples"]) for example in learning.train_set]
-    order = list(SimilarLengths(learning.lengths, 4))
-    for i in range(0, len(order) - 3, 4):
-        batch = sorted(samples[j] for j in order[i : i + 4])
-        assert batch[-1] - batch[0] < 400, "of 1,200 to 2,400 samples"

@@ -142,6 +142,8 @@ class Chunked(torch.autograd.Function):
         d_theta = None
         if cos is not None:
             d_theta = (_cross(db, b) + _cross(dc, c)).to(wide).transpose(2, 3).reshape(B, C * T, H, -1)
+            if ctx.dtypes[1] is None and grad_S is None:  # only differences of angles count: their sum is rounding
+                d_theta -= d_theta.mean(1, keepdim=True)
             db, dc = _turn(db, cos, sin), _turn(dc, cos, sin)
 
         def tokens(x: Tensor) -> Tensor:  # (B, C, G | H, T, K) -> (B, L, groups, K)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import wave
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -179,7 +178,6 @@ class AudioClassification(ExamplesTask):
             collate=SoundBatch(config.sampling_rate),
             metrics=self.metrics,
             augment=batch_changes(a.augment, sampling_rate=config.sampling_rate),
-            lengths=[os.path.getsize(sound.path) for sound in examples[0]],  # of like files, in proportion
             text=f"{len(train_set):,} sounds at {config.sampling_rate:,} Hz and {len(eval_set):,} held out",
         )
 
