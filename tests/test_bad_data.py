@@ -226,3 +226,16 @@ def test_init_is_of_the_same_inputs(task, inputs, saved, tmp_path, capsys):
         assert f"init = {init!r}: is a" not in error
     else:
         assert error == f"error: init = {init!r}: is a {MODELS[inputs]}; go on from a model of {READ[task]}"
+
+
+@pytest.mark.parametrize("name", ["load_mamba2_layer", "audio", "Stranger"])
+def test_init_of_a_class_that_is_none(name, saved, tmp_path, capsys):
+    """Whatever config.json says, it is one line."""
+    config = json.loads((saved / "texts" / "config.json").read_text())
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
+    words = ["train", "--task", "fill-mask", "--data", str(tmp_path / "nowhere"), "--output-dir", str(tmp_path / "run")]
+    assert main([*words, "--steps", "1", "--init", str(tmp_path / "m")]) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: ")
+    assert "\n" not in error

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import wave
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -161,7 +161,7 @@ def _as_float(values: np.ndarray) -> np.ndarray:
 
 
 FILTER_KNOTS = 6  # frequencies at which the gain of a random filter is drawn
-EVEN = 256  # a DFT of a multiple of it is fast
+FAST = 256  # samples: a DFT of a multiple of them is fast
 
 
 def augment(
@@ -206,21 +206,21 @@ def augment(
         shift = max(-len(y), min(len(y), shift))
         zeros = np.zeros(abs(shift))
         y = np.concatenate((zeros, y[: len(y) - shift]) if shift > 0 else (y[-shift:], zeros))
-    gains: list[Callable[[np.ndarray], np.ndarray]] = []  # of frequencies on an axis of square roots, 0 … 1
+    padded = len(y) + -len(y) % FAST
+    axis = np.sqrt(np.linspace(0, 1, padded // 2 + 1))  # of frequencies
+    gain = np.ones_like(axis)
     if mask > 0:
         width = round(rng.uniform(0, mask) * len(y))
         start = int(rng.integers(len(y) - width + 1))
         y[start : start + width] = 0
         share = rng.uniform(0, mask)
         low = rng.uniform(0, 1 - share)
-        gains.append(lambda axis: np.where((axis >= low) & (axis < low + share), 10 ** (-30 / 20), 1.0))
+        gain[(axis >= low) & (axis < low + share)] = 10 ** (-30 / 20)
     if filter_db > 0:
         knots, decibels = np.linspace(0, 1, FILTER_KNOTS), rng.uniform(-filter_db, filter_db, FILTER_KNOTS)
-        gains.append(lambda axis: 10 ** (np.interp(axis, knots, decibels) / 20))
-    if gains:
-        padded = len(y) + -len(y) % EVEN
-        axis = np.sqrt(np.linspace(0, 1, padded // 2 + 1))
-        y = np.fft.irfft(np.fft.rfft(y, padded) * math.prod(gain(axis) for gain in gains), padded)[: len(y)]
+        gain *= 10 ** (np.interp(axis, knots, decibels) / 20)
+    if mask > 0 or filter_db > 0:
+        y = np.fft.irfft(np.fft.rfft(y, padded) * gain, padded)[: len(y)]
     if noise_db is not None:
         level = np.sqrt(np.mean(y**2)) * 10 ** (-rng.uniform(*noise_db) / 20)
         y = y + level * rng.standard_normal(len(y))

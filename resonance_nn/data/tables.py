@@ -37,6 +37,11 @@ def read_lines(path: str | os.PathLike[str]) -> list[str]:
     return text.split("\n")[: -1 if text.endswith("\n") else None]  # nowhere else: parallel files have equal lines
 
 
+def is_table(path: str | os.PathLike[str]) -> bool:
+    """By its name."""
+    return str(path).removesuffix(".gz").endswith(KINDS)
+
+
 def read_table(path: str | os.PathLike[str], fields: Sequence[str], optional: Sequence[str] = ()) -> list[Row]:
     """The rows of a table, each with at least ``fields``.
 

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from resonance_nn.data.documents import DataError
-from resonance_nn.data.tables import KINDS, path_of, read_table
+from resonance_nn.data.tables import is_table, path_of, read_table
 from resonance_nn.evaluation import autocast
 from resonance_nn.loading import load_processor
 
@@ -162,11 +162,6 @@ class FilePredictor(Predictor):
 
     def of_file(self, name: str, label: Any) -> Found:
         return {"name": name, "input": name, **self.truth(label)}
-
-
-def is_table(path: str) -> bool:
-    """By its name."""
-    return path.removesuffix(".gz").endswith(KINDS)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import torch
 
 from resonance_nn.data import encode_bytes, encode_text
 from resonance_nn.data.documents import DataError
-from resonance_nn.data.tables import Row, is_missing, label_of, read_lines, read_table, text_of
+from resonance_nn.data.tables import Row, is_missing, is_table, label_of, read_lines, read_table, text_of
 from resonance_nn.evaluation import autocast
 from resonance_nn.loading import load_tokenizer
 from resonance_nn.models.encoder import (
@@ -20,7 +20,7 @@ from resonance_nn.models.encoder import (
     ResonanceForTokenClassification,
 )
 from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
-from resonance_nn.prediction.base import Batch, Found, OneClass, Predictor, is_table
+from resonance_nn.prediction.base import Batch, Found, OneClass, Predictor
 from resonance_nn.tasks.text import padded
 from resonance_nn.tasks.translation import translate
 

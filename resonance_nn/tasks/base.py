@@ -95,8 +95,10 @@ class Task(ABC):
     def _check_inputs(self, init: str) -> None:
         """Raise ValueError where the model to start from is of other inputs, by the class that it names."""
         own = (self.start.architectures or [""])[0]
-        kind, needed = getattr(models, own, None), inputs_of(self.architecture)
-        if kind is not None and inputs_of(kind) != needed:
+        kind: Any = getattr(models, own, None)
+        needed = inputs_of(self.architecture)
+        ours = isinstance(kind, type) and issubclass(kind, ResonancePreTrainedModel)
+        if ours and inputs_of(kind) != needed:
             raise ValueError(f"init = {init!r}: is a {own}; go on from a model of {needed}")
 
     @abstractmethod

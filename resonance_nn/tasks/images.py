@@ -19,7 +19,7 @@ from transformers import EvalPrediction
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.data.documents import DataError
 from resonance_nn.data.images import channels_of, read_idx
-from resonance_nn.data.tables import KINDS, label_of, path_of, read_table
+from resonance_nn.data.tables import is_table, label_of, path_of, read_table
 from resonance_nn.image_processor import ResonanceImageProcessor
 from resonance_nn.loading import load_processor, model_folder
 from resonance_nn.models.vision import ResonanceForImageClassification
@@ -58,7 +58,7 @@ def find_pictures(path: str) -> list[Picture]:
         return found
     if not place.is_file():
         raise DataError(f"{path}: no such file or folder")
-    if place.name.removesuffix(".gz").endswith(KINDS):
+    if is_table(place):
         pictures: list[Picture] = []
         for number, row in enumerate(read_table(place, ("image", "label")), 1):
             where = f"{path}: row {number}"
