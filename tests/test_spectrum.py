@@ -10,6 +10,7 @@ from conftest import relative
 from torch import Tensor
 from torch.nn import functional as F
 
+from resonance_nn.ops import spectrum_2d
 from resonance_nn.ops.spectrum import (
     ENERGY_FLOOR,
     max_bands,
@@ -50,11 +51,23 @@ def test_sequences_equal_the_definition(K: int, J: int, L: int, R: int, poisoned
 @pytest.mark.parametrize(("Y", "X"), [(1, 1), (3, 2), (2, 9), (4, 6), (7, 5), (8, 12)])
 @pytest.mark.parametrize(("K", "bands"), [((1, 1), (1, 1)), ((4, 6), (3, 2)), ((7, 5), (2, 3))])
 @pytest.mark.parametrize("R", [1, 3])
-def test_images_equal_the_definition(K, bands, Y: int, X: int, R: int, poisoned_memory: None):
+def test_images_equal_the_definition(K, bands, Y: int, X: int, R: int, poisoned_memory: None, monkeypatch):
     v = torch.randn(2, Y, X, 2, 3, dtype=torch.float64, requires_grad=True)
     learned = parameters(2 * K[0] - 1, K[1], J=bands[0] * bands[1], R=R)
     y = spectral_filter_2d(v, *learned, num_bands=bands)
     assert_equal(y, spectral_filter_2d_reference(v, *learned, num_bands=bands), [v, *learned])
+    monkeypatch.setattr(spectrum_2d, "suits_pairs", lambda v, filters: False)  # through the spectrum, few tokens too
+    y = spectral_filter_2d(v, *learned, num_bands=bands)
+    assert_equal(y, spectral_filter_2d_reference(v, *learned, num_bands=bands), [v, *learned])
+
+
+@pytest.mark.parametrize("brightness", [1e-3, 1.0, 1e3])
+def test_silent_bands_of_few_tokens_are_measured_exactly(brightness: float):
+    """A flat image, all but silent in the fast bands, in float32: as the definition has it in float64."""
+    v = brightness * (1 + 1e-4 * torch.randn(2, 7, 7, 2, 8))
+    learned = [t.detach() for t in parameters(13, 7, J=9)]
+    y = spectral_filter_2d(v, *(t.float() for t in learned), num_bands=(3, 3))
+    assert relative(y, spectral_filter_2d_reference(v.double(), *learned, num_bands=(3, 3)).float()) < 2e-6
 
 
 @pytest.mark.parametrize("L", [3, 5, 9])

@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from resonance_nn.ops.blocks import BLOCK_ELEMENTS, in_blocks
 from resonance_nn.ops.precision import wide_dtype, without_autocast
 from resonance_nn.ops.spectrum import band_gates, check_bands, octave_bands, power
+from resonance_nn.ops.spectrum_pairs import filter_pairs, suits_pairs
 
 
 @without_autocast
@@ -60,7 +61,8 @@ def spectral_filter_2d(
 
     The Fourier transform at the few frequencies of the filter is two small real matmuls, O(YX·K_x + Y·K_y·K_x) a
     channel with nothing padded or permuted: linear in the tokens of ever finer grids. Images are taken a few at a time
-    on a CPU, so that spectra stay in the cache; they are made anew in the derivative.
+    on a CPU, so that spectra stay in the cache; they are made anew in the derivative. There, up to 64 tokens are
+    filtered by a matrix over their pairs (:mod:`resonance_nn.ops.spectrum_pairs`).
 
     Args:
         v: inputs (B, Y, X, H, P) on any grid. Computed in float32 or wider.
@@ -82,6 +84,8 @@ def spectral_filter_2d(
     G = G.permute(4, 2, 3, 0, 1).flatten(1, 2)  # (2, N, H, R): real and imaginary parts
     basis = _basis((Y, X), (my, mx), (Ky, Kx), num_bands, wide, v.device)
     learned = (G, weight.to(wide), bias.to(wide))
+    if suits_pairs(v, G.shape[3]):
+        return filter_pairs(v, *learned, _signed(my, v.device), torch.arange(mx, device=v.device), basis.bands)
     if not torch.is_grad_enabled():
         return _forward(v, *learned, basis)
     result = _SpectralFilter2d.apply(v, *learned, basis)
