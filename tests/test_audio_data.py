@@ -14,7 +14,7 @@ import pytest
 import torch
 from transformers import Wav2Vec2FeatureExtractor
 
-from resonance_nn.data.audio import augment, detect_events, normalised, read_audio, resample
+from resonance_nn.data.audio import augment, detect_events, normalised, read_audio, resample, stretched
 
 
 def write_wave(path: Path, values: np.ndarray, rate: int = 8000, width: int = 2) -> Path:
@@ -187,7 +187,7 @@ def test_variants_are_those_of_the_generator_and_can_be_switched_off():
     assert np.array_equal(a, b)
     assert a.dtype == np.float32
     assert not np.array_equal(a[:100], augment(x, 8000, np.random.default_rng(4))[:100])
-    off: dict[str, Any] = dict(speed=0.0, shift_seconds=0.0, mask=0.0, filter_db=0.0, noise_db=None)
+    off: dict[str, Any] = dict(speed=0.0, tempo=0.0, shift_seconds=0.0, mask=0.0, filter_db=0.0, noise_db=None)
     rng = np.random.default_rng(0)
     assert np.array_equal(augment(x, 8000, rng, **off), x)
     for _ in range(5):
@@ -210,9 +210,42 @@ def test_variants_are_those_of_the_generator_and_can_be_switched_off():
         augment(x, 8000, rng, speed=1.5)
 
 
+@pytest.mark.parametrize("factor", [0.6, 0.9, 1.0, 1.1, 1.4])
+def test_another_tempo_keeps_pitch_and_level_and_moves_what_happens(factor: float):
+    rate = 8000
+    t = np.arange(rate) / rate
+    x = np.sin(2 * np.pi * 440 * t) * np.where(t < 0.5, 1.0, 0.1)  # loud, then faint
+    y = stretched(x, factor, rate)
+    assert len(y) == round(rate / factor)
+    spectrum = np.abs(np.fft.rfft(y * np.hanning(len(y)), 1 << 16))
+    assert abs(spectrum.argmax() * rate / (1 << 16) - 440) < 2
+    level = np.sqrt(np.convolve(y**2, np.ones(400) / 400, "same"))
+    middle = len(y) // 2
+    assert np.allclose(level[1000 : middle - 800], np.sqrt(0.5), atol=0.03)
+    assert np.allclose(level[middle + 800 : -1000], 0.1 * np.sqrt(0.5), atol=0.003)
+
+
+def test_another_tempo_of_any_sound():
+    rng = np.random.default_rng(0)
+    for n in (1, 2, 7, 100, 239, 240, 241, 5000):
+        for rate in (100, 8000):
+            for factor in (0.6, 1.0, 1.7):
+                y = stretched(rng.standard_normal(n), factor, rate)
+                assert len(y) == max(1, round(n / factor))
+                assert np.isfinite(y).all()
+    assert not stretched(np.zeros(1000), 0.7, 8000).any()
+    x = rng.standard_normal(1000).astype(np.float32)
+    off: dict[str, Any] = dict(speed=0.0, shift_seconds=0.0, mask=0.0, filter_db=0.0, noise_db=None)
+    lengths = {len(augment(x, 8000, rng, tempo=0.4, **off)) for _ in range(200)}
+    assert 715 <= min(lengths) < 740
+    assert 1600 < max(lengths) <= 1667
+    with pytest.raises(ValueError, match=r"tempo = 1: must be in \[0, 1\)"):
+        augment(x, 8000, rng, tempo=1)
+
+
 def test_a_masked_sound_lacks_a_stretch_and_a_band():
     rng = np.random.default_rng(0)
-    off: dict[str, Any] = dict(speed=0.0, shift_seconds=0.0, filter_db=0.0, noise_db=None)
+    off: dict[str, Any] = dict(speed=0.0, tempo=0.0, shift_seconds=0.0, filter_db=0.0, noise_db=None)
     x = rng.standard_normal(20_000)
     silent, faint = [], []
     for _ in range(20):
@@ -236,7 +269,7 @@ def test_a_filter_is_smooth_and_within_its_gain():
     rng = np.random.default_rng(0)
     x = np.zeros(4000)
     x[2000] = 1.0  # the filter's answer lies within the sound
-    off = dict(speed=0.0, shift_seconds=0.0, mask=0.0, noise_db=None)
+    off = dict(speed=0.0, tempo=0.0, shift_seconds=0.0, mask=0.0, noise_db=None)
     spreads = []
     for _ in range(10):
         y = augment(x, 8000, rng, filter_db=6.0, **off)  # type: ignore[arg-type]

@@ -82,7 +82,7 @@ CASES = {
     "sentence-embedding": ("pairs.jsonl", ["--vocab-size", "300"], 80),
     "fill-mask": ("plain.txt", ["--vocab-size", "300", "--seq-len", "32"], 60),
     "image-classification": ("pictures", ["--set", "patch_size=2", "--augment", "crop,erase"], 40),
-    "audio-classification": ("sounds", [*SOUND, "--augment", "speed,shift,mask,filter,noise"], 25),
+    "audio-classification": ("sounds", [*SOUND, "--augment", "speed,tempo,shift,mask,filter,noise"], 25),
     "audio-event-detection": ("beeps.jsonl", [*SOUND, "--augment", "noise"], 40),
 }
 

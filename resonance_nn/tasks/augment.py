@@ -17,7 +17,7 @@ from resonance_nn.data.tokenizer import merged_pairs
 
 TEXT_CHANGES = ("split", "drop")
 IMAGE_CHANGES = ("flip", "crop", "erase")
-SOUND_CHANGES = ("speed", "shift", "mask", "filter", "noise")
+SOUND_CHANGES = ("speed", "tempo", "shift", "mask", "filter", "noise")
 CHANGES = {"text": TEXT_CHANGES, "image": IMAGE_CHANGES, "audio": SOUND_CHANGES}
 DROPPED = 0.3  # of the tokens
 SPLIT = 0.1  # of the merges that made them
@@ -146,6 +146,7 @@ def change_sounds(values: Tensor, mask: Tensor, names: Sequence[str], sampling_r
             sampling_rate,
             rng,
             speed=0.3 if "speed" in names else 0.0,
+            tempo=0.4 if "tempo" in names else 0.0,
             shift_seconds=0.05 if "shift" in names else 0.0,
             mask=0.2 if "mask" in names else 0.0,
             filter_db=12.0 if "filter" in names else 0.0,
