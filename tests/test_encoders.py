@@ -18,6 +18,7 @@ from resonance_nn import (
     ResonanceForTokenClassification,
 )
 from resonance_nn.models.pooling import classification_loss, contrastive_loss, pool
+from resonance_nn.models.vision import cubic_samples
 
 STACKS = [("spectral_gate", "reversed:spectral_gate"), ("global_filter",), ("holographic",), ("attention",)]
 CLASSIFIERS = [ResonanceForSequenceClassification, ResonanceForTokenClassification]
@@ -193,6 +194,26 @@ def test_patches_are_squares_in_reading_order_and_those_of_a_larger_picture_show
         fine = embed._resampled(ramp, (6, 4)).unflatten(2, (6, 4)).mean((3, 4))[0, 0]
         coarse = embed._resampled(ramp, (3, 2)).unflatten(2, (3, 4)).mean((3, 4))[0, 0]
     assert torch.allclose(fine[1:5].view(2, 2).mean(1), (coarse[:2] + coarse[1:]) / 2, atol=2e-3)
+
+
+@pytest.mark.parametrize(("size", "width"), [(12, 1.0), (7, 1.0), (30, 2.5)])
+def test_cubic_samples(size: int, width: float):
+    """At the pixels themselves the pixels; a constant stays, at the edges too; parabolas inside are exact."""
+    middle = torch.arange(size, dtype=torch.float64) + 0.5
+    assert torch.allclose(cubic_samples(middle, size, 1.0), torch.eye(size, dtype=torch.float64), atol=1e-15)
+    at = torch.linspace(-2, size + 2, 101, dtype=torch.float64)
+    rows = cubic_samples(at, size, width)
+    assert torch.allclose(rows.sum(1), torch.ones(101, dtype=torch.float64), atol=1e-14)
+    outside = cubic_samples(torch.tensor([-3.0, 0.0, size + 1.0], dtype=torch.float64), size, width)
+    edges = cubic_samples(torch.tensor([0.5, 0.5, size - 0.5], dtype=torch.float64), size, width)
+    assert torch.equal(outside, edges)
+    inside = (at > 2 * width + 0.5) & (at < size - 2 * width - 0.5)
+    assert inside.any()
+    if width == 1:
+        assert torch.allclose(rows[inside] @ middle.square(), at[inside].square(), rtol=1e-12)
+    else:  # what is finer than a pixel of the result is smoothed away, what is coarser stays
+        assert (rows[inside] @ (-1.0) ** middle.floor()).abs().max() < 0.05
+        assert torch.allclose(rows[inside] @ middle, at[inside], rtol=0.01)
 
 
 def test_a_smooth_picture_sampled_twice_as_finely_is_the_same_picture():

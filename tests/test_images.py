@@ -178,7 +178,7 @@ def test_processor_is_saved_and_used_by_the_pipeline(tmp_path, colours):
 
 def test_random_changes(tmp_path):
     values = torch.randn(64, 1, 16, 16)
-    for names in (("flip",), ("crop",), ("erase",), ("flip", "crop", "erase")):
+    for names in (("flip",), ("crop",), ("zoom",), ("erase",), ("flip", "crop", "zoom", "erase")):
         change = image_changes(names)
         assert change is not None
         torch.manual_seed(0)

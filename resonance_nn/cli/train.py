@@ -99,7 +99,7 @@ def train(
     augment: Annotated[
         str | None,
         typer.Option(
-            help="By commas: changes at random. Texts: split, drop; images: flip, crop, erase; sounds: speed …",
+            help="By commas: changes at random. Texts: split, drop; images: flip, crop, zoom, erase; sounds: speed …",
             rich_help_panel=OPTIMISER,
         ),
     ] = None,

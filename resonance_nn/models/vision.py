@@ -23,8 +23,8 @@ class PatchEmbedding(nn.Module):
     At ``config.image_size`` the image is cut into squares of ``patch_size`` pixels, each flattened and mapped linearly,
     plus a learned vector a place. An image of another size is the same picture sampled otherwise: it gets a patch for
     every ``patch_size`` pixels of its own, but each shows as much of the picture as it did in training, with as many
-    pixels, read off the image at the density trained at (bilinear, smoothed where that is coarser). So patches of a
-    larger image overlap. Places are interpolated.
+    pixels, read off the image at the density trained at (:func:`cubic_samples`). So patches of a larger image overlap.
+    Places are interpolated.
     """
 
     def __init__(self, config: ResonanceConfig) -> None:
@@ -64,17 +64,30 @@ class PatchEmbedding(nn.Module):
 
     def _resampled(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, C, rows · p, columns · p): the patches of a grid, each of the extent trained at, side by side."""
-        pixels = F.interpolate(pixels, size=self.image_size, mode="bilinear", align_corners=False, antialias=True)
-        axes: list[Tensor] = []
-        for pixels_of, tokens in zip(self.image_size, grid, strict=True):
-            places = torch.arange(max(tokens, self.patch_size), device=pixels.device, dtype=pixels.dtype)
-            centre = (places[:tokens] + 0.5) * (pixels_of / tokens)
-            offset = places[: self.patch_size] - (self.patch_size - 1) / 2
-            at = (centre[:, None] + offset).flatten()  # in pixels from the edge, pixel i's middle at i + ½
-            axes.append(2 * at / pixels_of - 1)
-        where = torch.stack(torch.meshgrid(axes[1], axes[0], indexing="xy"), dim=-1)  # (Y, X, 2), x first
-        where = where.expand(len(pixels), -1, -1, -1)
-        return F.grid_sample(pixels, where, mode="bilinear", padding_mode="border", align_corners=False)
+        axes = [self._samples_of(axis, pixels.shape[2 + axis], grid[axis]) for axis in range(2)]
+        rows, columns = (axis.to(pixels) for axis in axes)
+        return rows @ pixels @ columns.T
+
+    def _samples_of(self, axis: int, size: int, tokens: int) -> Tensor:
+        """(tokens · p, size): how the pixels of so many patches along an axis come from those of the image."""
+        trained, p = self.image_size[axis], self.patch_size
+        centre = (torch.arange(tokens, dtype=torch.float64) + 0.5) * (trained / tokens)
+        at = centre[:, None] + torch.arange(p, dtype=torch.float64) - (p - 1) / 2  # in pixels from the edge
+        return cubic_samples(at.flatten() * (size / trained), size, max(1.0, size / trained))
+
+
+def cubic_samples(at: Tensor, size: int, width: float) -> Tensor:
+    """(n, size): rows that read the value at places (n), in pixels from the edge, off ``size`` pixels whose middles are
+    at ½, 1½, …; ``width`` pixels count as one, so that what is finer is smoothed.
+
+    Keys' cubic convolution (1981, a = −½), exact for parabolas inside; beyond the outermost middles, their values.
+    """
+    middle = torch.arange(size, dtype=at.dtype, device=at.device) + 0.5
+    d = (at.clamp(0.5, size - 0.5)[:, None] - middle).abs() / width
+    near = (1.5 * d - 2.5) * d.square() + 1
+    far = ((-0.5 * d + 2.5) * d - 4) * d + 2
+    weights = torch.where(d < 1, near, torch.where(d < 2, far, 0.0))
+    return weights / weights.sum(1, keepdim=True)
 
 
 class ResonanceForImageClassification(ResonancePreTrainedModel):

@@ -16,7 +16,7 @@ from resonance_nn.data.audio import augment, normalised
 from resonance_nn.data.tokenizer import merged_pairs
 
 TEXT_CHANGES = ("split", "drop")
-IMAGE_CHANGES = ("flip", "crop", "erase")
+IMAGE_CHANGES = ("flip", "crop", "zoom", "erase")
 SOUND_CHANGES = ("speed", "tempo", "shift", "mask", "filter", "noise")
 CHANGES = {"text": TEXT_CHANGES, "image": IMAGE_CHANGES, "audio": SOUND_CHANGES}
 DROPPED = 0.3  # of the tokens
@@ -113,7 +113,8 @@ def drop_tokens(mask: Tensor) -> Tensor:
 
 def image_changes(names: Sequence[str]) -> Callable[[Tensor], Tensor] | None:
     """Random changes of normalised images (B, C, rows, columns), by kornia: "flip" left to right; "crop", shifted by up
-    to an eighth, the mean moving in; "erase", a rectangle of 2–20% set to the mean, in every fourth. None is none."""
+    to an eighth, the mean moving in; "zoom", larger or smaller by up to 15%, from or to the centre (bilinear, so some are
+    less sharp); "erase", a rectangle of 2–20% set to the mean, in every fourth. None is none."""
     if not names:
         return None
     from kornia import augmentation as kornia
@@ -121,6 +122,8 @@ def image_changes(names: Sequence[str]) -> Callable[[Tensor], Tensor] | None:
     steps: list[nn.Module] = []
     if "flip" in names:
         steps.append(kornia.RandomHorizontalFlip(p=0.5))
+    if "zoom" in names:
+        steps.append(kornia.RandomAffine(degrees=0.0, scale=(0.85, 1.15), p=1.0))
     if "erase" in names:
         steps.append(kornia.RandomErasing(p=0.25, scale=(0.02, 0.2)))
 
