@@ -113,8 +113,8 @@ def drop_tokens(mask: Tensor) -> Tensor:
 
 def image_changes(names: Sequence[str]) -> Callable[[Tensor], Tensor] | None:
     """Random changes of normalised images (B, C, rows, columns), by kornia: "flip" left to right; "crop", shifted by up
-    to an eighth, the mean moving in; "zoom", larger or smaller by up to 15%, from or to the centre (bilinear, so some are
-    less sharp); "erase", a rectangle of 2–20% set to the mean, in every fourth. None is none."""
+    to an eighth, the mean moving in; "zoom", larger or smaller by up to 15% (bilinear, so some are less sharp);
+    "erase", a rectangle of 2–20% set to the mean, in every fourth. None is none."""
     if not names:
         return None
     from kornia import augmentation as kornia
