@@ -23,7 +23,7 @@ PROMPT = """class Stack:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output-dir", type=Path, default=Path("demo"))
-    parser.add_argument("--tokens", type=int, default=1_800_000, help="tokens to train on")
+    parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens to train on")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     begin = time.perf_counter()
