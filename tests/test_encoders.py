@@ -196,6 +196,16 @@ def test_patches_are_squares_in_reading_order_and_those_of_a_larger_picture_show
     assert torch.allclose(fine[1:5].view(2, 2).mean(1), (coarse[:2] + coarse[1:]) / 2, atol=2e-3)
 
 
+def test_pixels_of_another_size_are_read_in_full_precision():
+    """Inside autocast, in half precision, and as bytes."""
+    embed = make(ResonanceForImageClassification, ("global_filter",), **IMAGE).embed.float()
+    images = 100 * torch.rand(2, 1, 24, 16)
+    for pixels in (images, images.bfloat16(), images.to(torch.uint8)):
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            read = embed._resampled(pixels, (6, 4))
+        assert relative(read.double(), embed._resampled(pixels.double(), (6, 4))) < 1e-6
+
+
 @pytest.mark.parametrize(("size", "width"), [(12, 1.0), (7, 1.0), (30, 2.5)])
 def test_cubic_samples(size: int, width: float):
     """At the pixels themselves the pixels; a constant stays, at the edges too; parabolas inside are exact."""

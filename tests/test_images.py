@@ -193,4 +193,11 @@ def test_random_changes(tmp_path):
     once = flip(values)
     same = (once == values).flatten(1).all(1)
     assert torch.equal(once[~same], values[~same].flip(3))
+    zoom = image_changes(("zoom",))
+    assert zoom is not None
+    square = torch.zeros(64, 1, 40, 40)
+    square[:, :, 10:30, 10:30] = 1
+    sides = zoom(square).sum((1, 2, 3)).sqrt() / 20
+    assert 0.84 < sides.min() < 0.92
+    assert 1.08 < sides.max() < 1.16
     assert image_changes(()) is None

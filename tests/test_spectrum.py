@@ -61,13 +61,23 @@ def test_images_equal_the_definition(K, bands, Y: int, X: int, R: int, poisoned_
     assert_equal(y, spectral_filter_2d_reference(v, *learned, num_bands=bands), [v, *learned])
 
 
-@pytest.mark.parametrize("brightness", [1e-3, 1.0, 1e3])
-def test_silent_bands_of_few_tokens_are_measured_exactly(brightness: float):
-    """A flat image, all but silent in the fast bands, in float32: as the definition has it in float64."""
-    v = brightness * (1 + 1e-4 * torch.randn(2, 7, 7, 2, 8))
-    learned = [t.detach() for t in parameters(13, 7, J=9)]
-    y = spectral_filter_2d(v, *(t.float() for t in learned), num_bands=(3, 3))
-    assert relative(y, spectral_filter_2d_reference(v.double(), *learned, num_bands=(3, 3)).float()) < 2e-6
+@pytest.mark.parametrize("seed", range(8))
+def test_silent_bands_of_few_tokens_are_measured_exactly(seed: int):
+    """A row of 64 tokens with as little in some band as there can be, six orders below the whole: the gate of the
+    definition, in float32. Energies summed in float32 miss by 1e-4."""
+    torch.manual_seed(seed)
+    k = torch.arange(64, dtype=torch.float64)
+    waves = torch.exp(-1j * torch.pi / 64 * k[:, None] * k)  # (frequency, token)
+    bands = octave_bands(torch.pi / 64 * k, 7) * torch.where(k > 0, 2.0, 1.0)
+    forms = torch.einsum("ks,jk,kt->jst", waves.conj(), bands.to(waves.dtype), waves).real / 128**2
+    silence, tokens = torch.linalg.eigh(forms)  # of each band, ascending
+    quiet = int(silence[:, 0].argmin())
+    assert silence[quiet, 0] * 64 < 1e-5
+    v = (8 * tokens[quiet, :, 0, None, None] * torch.randn(2, 8, dtype=torch.float64))[None, None]
+    learned = [t.detach() for t in parameters(1, 64, J=7)]
+    exact = spectral_filter_2d_reference(v, *learned, num_bands=(1, 7))
+    y = spectral_filter_2d(v.float(), *(t.float() for t in learned), num_bands=(1, 7))
+    assert relative(y.double(), exact) < 1e-5
 
 
 @pytest.mark.parametrize("L", [3, 5, 9])

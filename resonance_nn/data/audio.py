@@ -20,7 +20,6 @@ EXTRA = "pip install 'resonance-nn[audio]'"
 MAX_CHANNELS = 64
 RATES = (100, 1_000_000)  # samples a second that can be resampled: a header with others is likelier damaged than true
 STREAMED = 0xFFFFFFFF  # the size in the header of a WAV file written by a program that could not know it, as ffmpeg's
-GRAIN_SECONDS = 0.03  # of sound that keeps its pitch when the tempo changes
 TOLERANCE = 1e-9  # seconds by which sums of times may be off
 Samples = NDArray[np.float32]
 
@@ -162,6 +161,7 @@ def _as_float(values: np.ndarray) -> np.ndarray:
 
 
 FILTER_KNOTS = 6  # frequencies at which the gain of a random filter is drawn
+GRAIN_SECONDS = 0.03  # of sound that keeps its pitch when the tempo changes
 FAST = 256  # samples: a DFT of a multiple of them is fast
 
 
@@ -232,7 +232,7 @@ def augment(
 
 
 def stretched(samples: NDArray[np.float64], factor: float, sampling_rate: int) -> NDArray[np.float64]:
-    """A sound (n) faster by a factor, at the same pitch: ⌈n/factor⌋ samples, at least one.
+    """A sound (n) faster by a factor, at the same pitch: n/factor samples, rounded, at least one.
 
     Stretches of 30 ms under a Hann window follow each other every 15 ms; each comes from where it would by the factor,
     or up to 7.5 ms beside it, where it continues the one before best by their product (WSOLA: Verhelst and Roelands

@@ -13,6 +13,7 @@ from resonance_nn.backbone import Backbone
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.models.base import ResonancePreTrainedModel, mark_residual_maps
 from resonance_nn.models.pooling import classification_loss, label_head, pool
+from resonance_nn.ops.precision import wide_dtype, without_autocast
 
 POSITION_STD = 0.02
 
@@ -52,21 +53,23 @@ class PatchEmbedding(nn.Module):
             raise ValueError(
                 f"pixel_values of {tuple(pixels.shape[2:])} pixels: must be {p} or more, one patch, each way"
             )
-        pixels = pixels.to(self.proj.weight.dtype)
         grid, position = self.grid, self.position
         if tuple(pixels.shape[2:]) != self.image_size:
             grid = (round(pixels.shape[2] / p), round(pixels.shape[3] / p))
             pixels = self._resampled(pixels, grid)
             position = F.interpolate(position[None], size=grid, mode="bilinear", align_corners=False)[0]
         patches = pixels.unflatten(3, (grid[1], p)).unflatten(2, (grid[0], p))  # (B, C, rows, p, columns, p)
-        tokens = self.proj(patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2))
+        patches = patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
+        tokens = self.proj(patches.to(self.proj.weight.dtype))
         return tokens + position.flatten(1).T.to(tokens.dtype), grid
 
+    @without_autocast
     def _resampled(self, pixels: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, C, rows · p, columns · p): the patches of a grid, each of the extent trained at, side by side."""
-        axes = [self._samples_of(axis, pixels.shape[2 + axis], grid[axis]) for axis in range(2)]
-        rows, columns = (axis.to(pixels) for axis in axes)
-        return rows @ pixels @ columns.T
+        """(B, C, rows · p, columns · p): the patches of a grid, each of the extent trained at, side by side; float32 or
+        wider."""
+        wide = pixels.to(wide_dtype(pixels))
+        rows, columns = (self._samples_of(i, wide.shape[2 + i], grid[i]).to(wide) for i in range(2))
+        return rows @ wide @ columns.T
 
     def _samples_of(self, axis: int, size: int, tokens: int) -> Tensor:
         """(tokens · p, size): how the pixels of so many patches along an axis come from those of the image."""
@@ -80,7 +83,8 @@ def cubic_samples(at: Tensor, size: int, width: float) -> Tensor:
     """(n, size): rows that read the value at places (n), in pixels from the edge, off ``size`` pixels whose middles are
     at ½, 1½, …; ``width`` pixels count as one, so that what is finer is smoothed.
 
-    Keys' cubic convolution (1981, a = −½), exact for parabolas inside; beyond the outermost middles, their values.
+    Keys' cubic convolution (1981, a = −½), exact for parabolas inside at width 1; beyond the outermost middles, their
+    values.
     """
     middle = torch.arange(size, dtype=at.dtype, device=at.device) + 0.5
     d = (at.clamp(0.5, size - 0.5)[:, None] - middle).abs() / width

@@ -145,6 +145,12 @@ def band_gates(energy: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return 2 * torch.sigmoid(logits + bias.to(energy.dtype))
 
 
+def half_turns(k: Tensor, t: Tensor, size: int, dtype: torch.dtype) -> Tensor:
+    """e^{−iπkt/size} of integers k and t: complex (len(k), len(t)). Whole turns go while they are integers."""
+    angle = -math.pi / size * torch.remainder(k[:, None] * t, 2 * size).to(dtype)
+    return torch.complex(angle.cos(), angle.sin())
+
+
 def check_bands(J: int, K: int, name: str) -> None:
     if not 1 <= J <= max_bands(K):
         raise ValueError(f"{name}: {J} octave bands of {K} frequencies: must be 1 to {max_bands(K)}; use fewer bands")

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from resonance_nn.ops.blocks import BLOCK_ELEMENTS, in_blocks
 from resonance_nn.ops.precision import wide_dtype, without_autocast
-from resonance_nn.ops.spectrum import band_gates, check_bands, octave_bands, power
+from resonance_nn.ops.spectrum import band_gates, check_bands, half_turns, octave_bands, power
 from resonance_nn.ops.spectrum_pairs import filter_pairs, suits_pairs
 
 
@@ -80,12 +80,14 @@ def spectral_filter_2d(
     for J, K in zip(num_bands, (Ky, Kx), strict=True):
         check_bands(J, K, "num_bands")
     my, mx = min(Ky, Y), min(Kx, X)
+    ky, kx = _signed(my, v.device), torch.arange(mx, device=v.device)
+    bands = _bands(ky, kx, (Ky, Kx), num_bands, wide)
     G = torch.cat((spectrum[:, :, :my, :mx], spectrum[:, :, 2 * Ky - my :, :mx]), dim=2).to(wide)
     G = G.permute(4, 2, 3, 0, 1).flatten(1, 2)  # (2, N, H, R): real and imaginary parts
-    basis = _basis((Y, X), (my, mx), (Ky, Kx), num_bands, wide, v.device)
     learned = (G, weight.to(wide), bias.to(wide))
     if suits_pairs(v, G.shape[3]):
-        return filter_pairs(v, *learned, _signed(my, v.device), torch.arange(mx, device=v.device), basis.bands)
+        return filter_pairs(v, *learned, ky, kx, bands)
+    basis = _basis((Y, X), ky, kx, bands)
     if not torch.is_grad_enabled():
         return _forward(v, *learned, basis)
     result = _SpectralFilter2d.apply(v, *learned, basis)
@@ -101,23 +103,22 @@ class _Basis(NamedTuple):
     bands: Tensor  # (J, N), every k_x > 0 counted twice, since it stands for −k_x too
 
 
-def _basis(
-    grid: tuple[int, int],
-    kept: tuple[int, int],
-    learned: tuple[int, int],
-    num_bands: tuple[int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> _Basis:
-    ky, kx = _signed(kept[0], device), torch.arange(kept[1], device=device)
-    x, y = _half_turns(kx, grid[1], dtype), _half_turns(ky, grid[0], dtype)
-    real = torch.stack((y.real, -y.imag), dim=-1)
-    imaginary = torch.stack((y.imag, y.real), dim=-1)
+def _bands(ky: Tensor, kx: Tensor, learned: tuple[int, int], num_bands: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """(J, N), as in :class:`_Basis`."""
     twice = torch.where(kx > 0, 2.0, 1.0).to(dtype)
     bands_y, bands_x = (
         octave_bands(math.pi / K * k.to(dtype), J) for k, K, J in zip((ky, kx), learned, num_bands, strict=True)
     )
-    bands = (bands_y[:, None, :, None] * (bands_x * twice)[None, :, None]).flatten(0, 1).flatten(1)
+    return (bands_y[:, None, :, None] * (bands_x * twice)[None, :, None]).flatten(0, 1).flatten(1)
+
+
+def _basis(grid: tuple[int, int], ky: Tensor, kx: Tensor, bands: Tensor) -> _Basis:
+    y, x = (
+        half_turns(k, torch.arange(size, device=k.device), size, bands.dtype)
+        for k, size in zip((ky, kx), grid, strict=True)
+    )
+    real = torch.stack((y.real, -y.imag), dim=-1)
+    imaginary = torch.stack((y.imag, y.real), dim=-1)
     return _Basis(torch.cat((x.real, x.imag)), torch.stack((real, imaginary)).flatten(0, 1).flatten(1), bands)
 
 
@@ -228,9 +229,3 @@ def _signed(size: int, device: torch.device) -> Tensor:
     """0 … size − 1, −size + 1 … −1, as an FFT orders them without its Nyquist frequency."""
     k = torch.arange(size, device=device)
     return torch.cat((k, -k[1:].flip(0)))
-
-
-def _half_turns(k: Tensor, size: int, dtype: torch.dtype) -> Tensor:
-    """e^{−iπkt/size} for t < size: complex (len(k), size). Whole turns are taken off while they are integers."""
-    angle = -math.pi / size * torch.remainder(k[:, None] * torch.arange(size, device=k.device), 2 * size).to(dtype)
-    return torch.complex(angle.cos(), angle.sin())

@@ -13,12 +13,10 @@ of the S² dot products of its tokens. They cancel where a band is nearly silent
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
-from resonance_nn.ops.spectrum import band_gates
+from resonance_nn.ops.spectrum import band_gates, half_turns
 
 FEW = 64  # tokens; beyond, spectra are faster
 
@@ -40,14 +38,13 @@ def filter_pairs(v: Tensor, G: Tensor, weight: Tensor, bias: Tensor, ky: Tensor,
     """
     (B, Y, X, H, P), dtype, device = v.shape, G.dtype, v.device
     S = Y * X
-    real, imaginary = _turns(ky, kx, (Y, X))
-    at = _distances(Y, X, device)
+    turns, at = _turns(ky, kx, (Y, X)), _distances(Y, X, device)
     u = v.to(dtype).flatten(1, 2).transpose(1, 2).contiguous()  # (B, H, S, P)
     wide = u.double()
-    measure = (bands.double() @ real)[:, at].T / (4 * S * S * P)  # (S², J)
+    measure = (bands.double() @ turns.real)[:, at].T / (4 * S * S * P)  # (S², J)
     energy = (wide @ wide.mT).flatten(2) @ measure
     gate = band_gates(energy.clamp_min(0).to(dtype), weight, bias)  # (B, H, J)
-    waves = torch.cat((real, -imaginary)).to(dtype) / (4 * S)  # (2N, distances)
+    waves = torch.cat((turns.real, turns.imag)).to(dtype) / (4 * S)  # (2N, distances)
     parts = bands[:, None] * G[..., 0].permute(2, 0, 1)[:, None]  # (H, J, 2, N)
     taps = (parts.flatten(2) @ waves)[..., at]  # (H, J, S²)
     h = (gate.transpose(0, 1) @ taps).view(H, B, S, S)
@@ -55,19 +52,17 @@ def filter_pairs(v: Tensor, G: Tensor, weight: Tensor, bias: Tensor, ky: Tensor,
     return y.transpose(1, 2).reshape(v.shape).to(v.dtype)
 
 
-def _turns(ky: Tensor, kx: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """cos θ_k(d) and sin θ_k(d), float64 (N, distances): d_y = 1 − Y … Y − 1, and d_x likewise."""
-    angles = []
-    for k, size in zip((ky, kx), grid, strict=True):
-        d = torch.arange(1 - size, size, device=k.device)
-        turn = torch.remainder(k[:, None] * d, 2 * size)  # whole turns are taken off while they are integers
-        angles.append(math.pi / size * turn.double())
-    angle = (angles[0][:, None, :, None] + angles[1][None, :, None]).flatten(2).flatten(0, 1)
-    return angle.cos(), angle.sin()
+def _turns(ky: Tensor, kx: Tensor, grid: tuple[int, int]) -> Tensor:
+    """e^{−iθ_k(d)}, complex128 (N, distances): d_y = 1 − Y … Y − 1, and d_x likewise."""
+    y, x = (
+        half_turns(k, torch.arange(1 - size, size, device=k.device), size, torch.float64)
+        for k, size in zip((ky, kx), grid, strict=True)
+    )
+    return (y[:, None, :, None] * x[None, :, None]).flatten(2).flatten(0, 1)
 
 
 def _distances(Y: int, X: int, device: torch.device) -> Tensor:
     """(S²): where the distance t − s of each pair of tokens stands among all."""
-    y, x = (t.flatten() for t in torch.meshgrid(torch.arange(Y), torch.arange(X), indexing="ij"))
-    rows, columns = y[:, None] - y + Y - 1, x[:, None] - x + X - 1
-    return (rows * (2 * X - 1) + columns).flatten().to(device)
+    rows, columns = (torch.arange(size, device=device) for size in (Y, X))
+    y, x = (t.flatten() for t in torch.meshgrid(rows, columns, indexing="ij"))
+    return ((y[:, None] - y + Y - 1) * (2 * X - 1) + x[:, None] - x + X - 1).flatten()
