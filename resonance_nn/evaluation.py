@@ -26,6 +26,7 @@ from resonance_nn.data import (
 from resonance_nn.machine import machine_info, versions
 from resonance_nn.models import ResonanceForCausalLM
 from resonance_nn.ops.cross_entropy import linear_cross_entropy
+from resonance_nn.ops.precision import computes_in_bf16
 
 PRECISIONS = ("auto", "bf16", "fp16", "fp32")
 DEVICES = ("auto", "cpu", "cuda", "mps", "xpu")
@@ -210,11 +211,7 @@ def resolve_precision(precision: str, device: str) -> str:
         raise ValueError("precision = 'fp16': not on a CPU; use bf16, fp32 or auto")
     if precision != "auto":
         return precision
-    if device == "cpu":
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    else:
-        fast = device == "xpu" or (device == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
-    return "bf16" if fast else "fp32"
+    return "bf16" if computes_in_bf16(device) else "fp32"
 
 
 def autocast(precision: str, device: str) -> AbstractContextManager[Any]:

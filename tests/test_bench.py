@@ -229,6 +229,7 @@ def test_options_of_the_command_reach_the_measurement(monkeypatch, capsys):
         "--full",
     ]
     more = ["--allocator", "default", "--max-seconds", "7", "--seed", "3", "--no-floor", "--compile", "--forward-only"]
+    more += ["--dtype", "bf16"]
     assert main(["bench", "speed", *arguments, *more, "--mixers", "spectral_gate, attention", "--device", "cpu"]) == 2
     assert given == [
         SpeedOptions(
@@ -246,6 +247,20 @@ def test_options_of_the_command_reach_the_measurement(monkeypatch, capsys):
             forward_only=True,
         )
     ]
+
+
+@pytest.mark.parametrize(("bf16", "expected"), [(True, torch.bfloat16), (False, torch.float32)])
+def test_without_dtype_it_is_what_the_device_computes_in(bf16, expected, monkeypatch):
+    given = []
+
+    def fake(options, progress):
+        given.append(options.dtype)
+        raise ValueError("seen")
+
+    monkeypatch.setattr("resonance_nn.evaluation.computes_in_bf16", lambda device: bf16)
+    monkeypatch.setattr(speed, "run", fake)
+    assert main(["bench", "speed", "--size", "tiny", "--device", "cpu"]) == 2
+    assert given == [expected]
 
 
 @pytest.mark.parametrize(

@@ -67,9 +67,10 @@ def options_of(arguments: list[str], suite, monkeypatch):
 
 @pytest.mark.parametrize("name", SUITES)
 def test_a_command_without_arguments_is_the_options_without_arguments(name, monkeypatch):
-    """So that no default has two values."""
+    """So that no default has two values, on a machine that computes in bfloat16."""
     suite, default = SUITES[name]
     monkeypatch.setattr("resonance_nn.evaluation.resolve_device", lambda device: "cpu")
+    monkeypatch.setattr("resonance_nn.evaluation.computes_in_bf16", lambda device: True)
     assert options_of(["bench", name], suite, monkeypatch) == default
 
 

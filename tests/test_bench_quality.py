@@ -184,7 +184,7 @@ def test_finished_models_are_judged_elsewhere(folder, capsys, monkeypatch):
     (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     runs = folder / "runs"
     arguments = ["bench", "quality", "--budget", "XS", "--models", "default,llama,mamba2", "--seeds", "1"]
-    arguments += ["--data", str(folder / "text"), "--lrs", "3e-3", "--output-dir", str(runs)]
+    arguments += ["--data", str(folder / "text"), "--lrs", "3e-3", "--output-dir", str(runs), "--dtype", "bf16"]
     assert main(arguments) == 0
     arguments += ["--resume", "--json", str(folder / "q.json"), "--text", str(folder / "other.txt")]
     capsys.readouterr()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from resonance_nn import ResonanceConfig, ResonanceForCausalLM
+from resonance_nn import ResonanceConfig, ResonanceForCausalLM, optim
 from resonance_nn.arguments import OPTIMIZERS
-from resonance_nn.optim import Together, build_optimizer
+from resonance_nn.optim import BatchedMuon, Together, build_optimizer, orthogonalised
 
 CONFIG = ResonanceConfig(vocab_size=50, hidden_size=32, num_hidden_layers=2, num_heads=2)
 
@@ -83,3 +85,45 @@ def test_a_changed_rate_reaches_every_part():
 def test_unknown_name():
     with pytest.raises(ValueError, match="optimizer = 'sgd': must be muon or adamw"):
         build_optimizer(nn.Linear(2, 2), "sgd")
+
+
+def test_orthogonalised_is_the_polynomial_of_the_singular_values():
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 9, dtype=torch.float64)
+    a, b, c = coefficients = (3.4445, -4.7750, 2.0315)
+    u, s, v = torch.linalg.svd(x, full_matrices=False)
+    s = s / s.norm(dim=1, keepdim=True)
+    for _ in range(5):
+        s = a * s + b * s**3 + c * s**5
+    expected = u @ torch.diag_embed(s) @ v
+    torch.testing.assert_close(orthogonalised(x, coefficients), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(orthogonalised(x.float(), coefficients), expected.float(), rtol=1e-3, atol=1e-4)
+    assert torch.equal(orthogonalised(torch.zeros(1, 4, 6), coefficients), torch.zeros(1, 4, 6))  # no gradient yet
+
+
+@pytest.mark.parametrize(("at_once", "bf16"), [(1, False), (2**24, False), (2**24, True)])
+def test_muon_steps_as_pytorchs_does(at_once: int, bf16: bool, monkeypatch: pytest.MonkeyPatch):
+    """Shapes that lie, stand, are square and share a batch; PyTorch's orthogonalises in bfloat16 always."""
+    monkeypatch.setattr(optim, "computes_in_bf16", lambda device: bf16)
+    monkeypatch.setattr(optim, "AT_ONCE", at_once)
+    torch.manual_seed(0)
+    shapes = [(16, 40), (40, 16), (16, 40), (24, 24), (24, 24), (17, 33)]
+    ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
+    theirs = [nn.Parameter(p.detach().clone()) for p in ours]
+    settings: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    a, b = BatchedMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    before = [p.detach().clone() for p in ours]
+    for _ in range(5):
+        for p, q in zip(ours, theirs, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = p.grad.clone()
+        ours[2].grad = theirs[2].grad = None  # a part that was not used
+        a.step()
+        b.step()
+    for p, q, start in zip(ours, theirs, before, strict=True):
+        moved = (q - start).norm()
+        assert (p - q).norm() <= 0.02 * moved
+    assert torch.equal(ours[2], before[2])
+    for mine, other in zip(a.state_dict()["state"].values(), b.state_dict()["state"].values(), strict=True):
+        assert list(mine) == list(other)
+        torch.testing.assert_close(mine["momentum_buffer"], other["momentum_buffer"])

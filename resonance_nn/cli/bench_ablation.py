@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from resonance_nn.cli.bench_common import names, use_threads
+from resonance_nn.cli.bench_common import names, one_precision, use_threads
 from resonance_nn.cli.common import (
     DeviceOption,
     JsonOption,
@@ -64,6 +64,7 @@ def ablation(
         vocab_size=vocab_size,
         seq_len=seq_len,
         lr=lr,
+        precision=one_precision(None, device),
         device=device,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

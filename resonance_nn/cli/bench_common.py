@@ -41,8 +41,13 @@ SetOption = Annotated[
 PeersOption = Annotated[
     str, _models("--peers", help="Beside ours, by commas: llama, mamba2, mamba, rwkv, gated_delta; or none.")
 ]
-DtypeOption = Annotated[str, _models("--dtype", help="Of the matmuls (autocast): fp32, bf16 or fp16.")]
-WeightsDtypeOption = Annotated[str, _models("--dtype", help="Of the weights: fp32, bf16 or fp16.")]
+FASTEST = "bf16 where the device computes in it, else fp32"  # where --dtype is left out
+DtypeOption = Annotated[
+    str | None, _models("--dtype", help="Of the matmuls (autocast): fp32, bf16 or fp16.", show_default=FASTEST)
+]
+WeightsDtypeOption = Annotated[
+    str | None, _models("--dtype", help="Of the weights: fp32, bf16 or fp16.", show_default=FASTEST)
+]
 WeightsSeedOption = Annotated[int, _models("--seed", help="Of weights and tokens.")]
 RepeatsOption = Annotated[int, _timing("--repeats", help="Timed rounds, after one to warm up.")]
 FloorOption = Annotated[bool, _timing("--floor/--no-floor", help="Time each model's matmuls alone as well.")]
@@ -66,7 +71,7 @@ def model_options(
     vocab_size: int,
     mixers: str | None,
     config: list[str] | None,
-    dtype: str,
+    dtype: str | None,
     seed: int,
     device: str,
 ) -> dict[str, Any]:
@@ -87,7 +92,7 @@ def model_options(
         "vocab_size": vocab_size,
         "mixers": None if mixers is None else names(mixers),
         "overrides": config_fields(config),
-        "dtype": one_dtype(dtype),
+        "dtype": one_dtype(dtype, device),
         "seed": seed,
         "device": resolve_device(device),
     }
@@ -123,9 +128,16 @@ def names_or_none(text: str) -> tuple[str, ...]:
     return () if text == "none" else names(text)
 
 
-def one_dtype(precision: str) -> torch.dtype:
-    """The dtype of "fp32", "bf16" or "fp16"; "auto" means nothing in a measurement."""
-    chosen = dtype_of(precision)
+def one_precision(precision: str | None, device: str) -> str:
+    """What is given; if nothing is, "bf16" where the device computes in it, else "fp32"."""
+    from resonance_nn.evaluation import resolve_device, resolve_precision
+
+    return resolve_precision("auto", resolve_device(device)) if precision is None else precision
+
+
+def one_dtype(precision: str | None, device: str) -> torch.dtype:
+    """The dtype of :func:`one_precision`; "auto" means nothing in a measurement."""
+    chosen = dtype_of(one_precision(precision, device))
     if chosen is None:
         raise ValueError("dtype = 'auto': must be one of fp32, bf16, fp16")
     return chosen

@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from resonance_nn.cli.bench_common import (
+    FASTEST,
     MODELS,
     MixersOption,
     PlotOption,
@@ -47,11 +48,14 @@ def context(
     mixers: MixersOption = None,
     config: SetOption = None,
     dtype: Annotated[
-        str,
+        str | None,
         typer.Option(
-            "--dtype", help="Of a prompt's weights and a step's matmuls: fp32, bf16 or fp16.", rich_help_panel=MODELS
+            "--dtype",
+            help="Of a prompt's weights and a step's matmuls: fp32, bf16 or fp16.",
+            show_default=FASTEST,
+            rich_help_panel=MODELS,
         ),
-    ] = "bf16",
+    ] = None,
     seed: WeightsSeedOption = 0,
     device: DeviceOption = "auto",
     json_path: JsonOption = None,

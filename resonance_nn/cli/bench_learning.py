@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resonance_nn.cli.bench_common import PlotOption, check_outputs, names, numbers, use_threads
+from resonance_nn.cli.bench_common import FASTEST, PlotOption, check_outputs, names, numbers, one_precision, use_threads
 from resonance_nn.cli.common import DeviceOption, JsonOption, console_for, stderr_console, wide_view, write_json
 
 if TYPE_CHECKING:
@@ -37,7 +37,7 @@ WeightDecay = Annotated[float, typer.Option(help="On linear maps and embeddings.
 BatchTokens = Annotated[int, typer.Option(help="Tokens of a step.")]
 EvalEvery = Annotated[int, typer.Option(help="Steps between two evaluations.")]
 Target = Annotated[float, typer.Option(help="Accuracy that ends a run when reached twice in a row; above 1: never.")]
-Dtype = Annotated[str, typer.Option(help="Of the matmuls (autocast): fp32 or bf16.")]
+Dtype = Annotated[str | None, typer.Option(help="Of the matmuls (autocast): fp32 or bf16.", show_default=FASTEST)]
 Threads = Annotated[int | None, typer.Option(help="Of PyTorch's CPU kernels. Default: PyTorch's.", show_default=False)]
 Fillers = Annotated[str, typer.Option(help="Tokens without a part: unused (never a key) or any, see the docs.")]
 Watch = Annotated[str, typer.Option(metavar="LENGTH/PAIRS", help="The cell that is measured while training.")]
@@ -73,7 +73,7 @@ def recall(
     tokens_per_batch: BatchTokens = 4096,
     eval_every: EvalEvery = 100,
     target: Target = 0.995,
-    dtype: Dtype = "bf16",
+    dtype: Dtype = None,
     threads: Threads = None,
     device: DeviceOption = "cpu",
     output_dir: OutputDir = "runs/bench-recall",
@@ -129,7 +129,7 @@ def tracking(
     tokens_per_batch: BatchTokens = 4096,
     eval_every: EvalEvery = 100,
     target: Target = 0.995,
-    dtype: Dtype = "bf16",
+    dtype: Dtype = None,
     threads: Threads = None,
     device: DeviceOption = "cpu",
     output_dir: OutputDir = "runs/bench-tracking",
@@ -195,7 +195,7 @@ def sweep_of(values: Mapping[str, Any]) -> Sweep:
             tokens_per_batch=values["tokens_per_batch"],
             eval_every=values["eval_every"],
             target=values["target"],
-            precision=values["dtype"],
+            precision=one_precision(values["dtype"], values["device"]),
             device=resolve_device(values["device"]),
         ),
         output_dir=values["output_dir"],

@@ -42,7 +42,7 @@ def memory(
     mixers: MixersOption = None,
     config: SetOption = None,
     peers: PeersOption = "llama",
-    dtype: DtypeOption = "bf16",
+    dtype: DtypeOption = None,
     seed: WeightsSeedOption = 0,
     device: DeviceOption = "auto",
     json_path: JsonOption = None,

@@ -17,13 +17,13 @@ def mixers(
     layers: Annotated[int, typer.Option(help="Depth of all models.")] = 2,
     repeats: Annotated[int, typer.Option(help="Timed rounds, after one to warm up.")] = 5,
     tokens_per_batch: Annotated[int, typer.Option(help="Tokens of a training step.")] = 8192,
-    dtype: DtypeOption = "bf16",
+    dtype: DtypeOption = None,
     device: DeviceOption = "auto",
     json_path: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
     """Training tokens/s, decoding latency and state of every causal mixer beside spectral_gate, in turns."""
-    chosen = one_dtype(dtype)
+    chosen = one_dtype(dtype, device)
     check_outputs(json_path, plot)
     from resonance_nn.bench import mixers as suite
     from resonance_nn.evaluation import resolve_device

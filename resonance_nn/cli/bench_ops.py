@@ -8,6 +8,7 @@ import typer
 from rich.console import Console
 
 from resonance_nn.cli.bench_common import (
+    FASTEST,
     PlotOption,
     RepeatsOption,
     check_outputs,
@@ -29,14 +30,16 @@ def ops(
     heads: Annotated[int, typer.Option("--heads", help="Heads.")] = 8,
     vocab_size: Annotated[int, typer.Option("--vocab-size", help="Vocabulary of the cross-entropy.")] = 8192,
     repeats: RepeatsOption = 5,
-    dtype: Annotated[str, typer.Option("--dtype", help="Of the inputs: fp32, bf16 or fp16.")] = "bf16",
+    dtype: Annotated[
+        str | None, typer.Option("--dtype", help="Of the inputs: fp32, bf16 or fp16.", show_default=FASTEST)
+    ] = None,
     seed: Annotated[int, typer.Option("--seed", help="Of the inputs.")] = 0,
     device: DeviceOption = "auto",
     json_path: JsonOption = None,
     plot: PlotOption = None,
 ) -> None:
     """Each op, forward and backward, beside the time its bytes or operations need on this machine."""
-    chosen = one_dtype(dtype)
+    chosen = one_dtype(dtype, device)
     check_outputs(json_path, plot)
     from resonance_nn.bench import ops as suite
     from resonance_nn.evaluation import resolve_device

@@ -8,7 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from resonance_nn.cli.bench_common import PlotOption, SetOption, check_outputs, names, numbers, use_threads
+from resonance_nn.cli.bench_common import (
+    PlotOption,
+    SetOption,
+    check_outputs,
+    names,
+    numbers,
+    one_precision,
+    use_threads,
+)
 from resonance_nn.cli.bench_learning import (
     BatchTokens,
     Cooldown,
@@ -53,7 +61,7 @@ def passkey(
     eval_every: EvalEvery = 100,
     target: Annotated[float, typer.Option(help="Share that ends a run when found twice; above 1: never.")] = 2.0,
     config: SetOption = None,
-    dtype: Dtype = "bf16",
+    dtype: Dtype = None,
     threads: Threads = None,
     device: DeviceOption = "cpu",
     output_dir: OutputDir = "runs/bench-passkey",
@@ -97,7 +105,7 @@ def passkey(
             weight_decay=weight_decay,
             eval_every=eval_every,
             target=target,
-            precision=dtype,
+            precision=one_precision(dtype, device),
             device=resolve_device(device),
         ),
         fields=config_fields(config),

@@ -10,7 +10,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from resonance_nn.cli.bench_common import PlotOption, SetOption, check_outputs, names, numbers, use_threads
+from resonance_nn.cli.bench_common import (
+    PlotOption,
+    SetOption,
+    check_outputs,
+    names,
+    numbers,
+    one_precision,
+    use_threads,
+)
 from resonance_nn.cli.bench_learning import (
     BatchTokens,
     Cooldown,
@@ -61,7 +69,7 @@ def quality(
     weight_decay: WeightDecay = 0.1,
     tokens_per_batch: BatchTokens = 4096,
     config: SetOption = None,
-    dtype: Dtype = "bf16",
+    dtype: Dtype = None,
     threads: Threads = None,
     device: DeviceOption = "cpu",
     output_dir: OutputDir = "runs/bench-quality",
@@ -102,7 +110,7 @@ def quality(
             optimizer=optimizer,
             cooldown=cooldown,
             weight_decay=weight_decay,
-            precision=dtype,
+            precision=one_precision(dtype, device),
             device=resolve_device(device),
         ),
         fields=fields,

@@ -44,7 +44,7 @@ def scaling(
     vocab_size: VocabSizeOption = 8192,
     mixers: MixersOption = None,
     config: SetOption = None,
-    dtype: WeightsDtypeOption = "bf16",
+    dtype: WeightsDtypeOption = None,
     seed: WeightsSeedOption = 0,
     repeats: RepeatsOption = 5,
     device: DeviceOption = "auto",
