@@ -204,7 +204,8 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class _SquaredReLU(torch.autograd.Function):
-    """dx = 2 max(x, 0) dy, with max(x, 0) = √y."""
+    """dx = 2 max(x, 0) dy = 2 dy / y^(−1/2), which is 0 at y = 0: PyTorch's √ is a loop of MKL's, on some CPUs twelve
+    times as slow."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -217,7 +218,7 @@ class _SquaredReLU(torch.autograd.Function):
     @without_autocast
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         (y,) = ctx.saved_tensors
-        return torch.addcmul(y.new_zeros(()), y.sqrt(), grad, value=2)
+        return torch.addcdiv(y.new_zeros(()), grad, y.rsqrt(), value=2)
 
 
 def short_conv_reference(x: Tensor, weight: Tensor, bias: Tensor | None = None, reset: Tensor | None = None) -> Tensor:
