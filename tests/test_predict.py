@@ -16,6 +16,8 @@ import pytest
 from PIL import Image
 
 from resonance_nn.cli import main
+from resonance_nn.tasks.audio import frame_scores
+from resonance_nn.tasks.translation import scores
 
 SMALL = ["--set", "hidden_size=16", "--set", "num_hidden_layers=1", "--set", "chunk_size=16", "--precision", "fp32"]
 SMALL += ["--steps", "1", "--batch-size", "8"]
@@ -131,24 +133,76 @@ JUDGED = {
 }
 
 
-@pytest.mark.parametrize("task", [task for task in CASES if task != "fill-mask"])
-def test_it_reads_what_its_task_trains_on(task, data, predict):
-    """Classifiers say how often they are right, others do not."""
+@pytest.mark.parametrize("task", JUDGED)
+def test_classifiers_say_how_often_they_are_right(task, data, predict):
     said = predict(task, data / CASES[task][0])
     assert len(said["found"]) == 16
-    if task not in JUDGED:
-        assert said["rows"] == []
-        assert "known" not in said["out"]
-        return
     number, unit = JUDGED[task]
     assert f"% of the {number} {unit} whose label is known are right" in said["out"]
-    assert [row["metric"] for row in said["rows"]] == ["accuracy"]
     right = [one["truth"] == one["label"] for one in said["found"] if "truth" in one]
+    metrics = {row["metric"]: row["ours"] for row in said["rows"]}
     if task == "token-classification":
         tags = ("NAME", "WORD", "NUM")
         right = [w["label"] == tag for one in said["found"] for w, tag in zip(one["words"], tags, strict=True)]
         assert [w["word"] for w in said["found"][7]["words"]] == ["New York", "is", "7"]
-    assert said["rows"][0]["ours"] == pytest.approx(sum(right) / number)
+    else:
+        each = [[r for r, one in zip(right, said["found"], strict=True) if one["truth"] == c] for c in ("red", "blue")]
+        assert metrics.pop("macro_accuracy") == pytest.approx(sum(sum(r) / len(r) for r in each) / 2)
+        assert "in the mean over their 2 labels" in said["out"]
+    assert metrics == {"accuracy": pytest.approx(sum(right) / number)}
+
+
+def test_translations_are_judged_as_in_training(data, predict, monkeypatch):
+    said = predict("translation", data / "pairs.tsv")
+    made, targets = [one["label"] for one in said["found"]], [f"eins {i}" for i in range(16)]
+    expected = {name.removeprefix("eval_"): value for name, value in scores(made, targets).items()}
+    assert {row["metric"]: row["ours"] for row in said["rows"]} == pytest.approx(expected)
+    assert f"BLEU {expected['bleu']:.2f} of the 16 texts whose translation is known" in said["out"]
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    said = predict("translation", data / "pairs.tsv")
+    assert said["rows"] == []
+    assert "needs sacrebleu; pip install 'resonance-nn[translation]'" in said["out"]
+
+
+def test_events_are_judged_by_frames(data, predict):
+    """As if one sound held all frames; those of labels that the model does not have do not count."""
+    said = predict("audio-event-detection", data / CASES["audio-event-detection"][0])
+    assert [len(one["truth"]) for one in said["found"]] == [0, 1] * 8
+    counts = [one["frames"] for one in said["found"]]
+    assert {one["true"] for one in counts} == {0, 20}  # 0.2 s by steps of 10 ms
+    hits, heard, true = (sum(one[name] for one in counts) for name in ("right", "said", "true"))
+    expected = frame_scores(hits, heard, true)
+    assert {row["metric"]: row["ours"] for row in said["rows"]} == pytest.approx(expected)
+    assert f"F1 of frames {expected['f1']:.3f}" in said["out"]
+    table = data / "files" / "others.jsonl"
+    other = {"start": 0.0, "end": 0.4, "label": "boom"}
+    write_lines(table, json.dumps({"audio": "0.wav", "events": [other]}), '{"audio": "1.wav"}')
+    said = predict("audio-event-detection", table)
+    assert [one.get("frames", {}).get("true") for one in said["found"]] == [0, None]
+    assert "of the 1 sounds whose events are known" in said["out"]
+
+
+@pytest.mark.parametrize("task", ["sentence-embedding", "multimodal-retrieval"])
+def test_matches_are_judged_by_their_places(task, data, predict):
+    said = predict(task, data / CASES[task][0])
+    ranks = [one["rank"] for one in said["found"]]
+    assert all(1 <= rank <= 16 for rank in ranks)
+    expected = {f"recall@{k}": sum(rank <= k for rank in ranks) / 16 for k in (1, 10)}
+    assert {row["metric"]: row["ours"] for row in said["rows"]} == pytest.approx(expected)
+    assert "of the 16 known matches are among the first ten" in said["out"]
+
+
+def test_pairs_are_ranked_among_all_pairs(data, predict, models):
+    """By their embeddings; a text without a pair is no query, and its place is not known."""
+    table = data / "some-pairs.jsonl"
+    rows = [{"text": f"{i} of them", "pair": f"they are {i}"} for i in range(3)] + [{"text": "alone", "pair": None}]
+    write_lines(table, *map(json.dumps, rows))
+    said = predict("sentence-embedding", table)
+    pairs = predict("sentence-embedding", *(w for row in rows[:3] for w in ("--text", row["pair"])))
+    query, target = ([np.array(one["embedding"]) for one in side["found"]] for side in (said, pairs))
+    similarity = np.array([[a @ b for b in target] for a in query[:3]])
+    expected = [int((row > row[i] + 1e-5).sum()) + 1 for i, row in enumerate(similarity)]
+    assert [one.get("rank") for one in said["found"]] == [*expected, None]
 
 
 def test_a_translation_is_of_the_source(data, predict):

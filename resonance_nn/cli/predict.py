@@ -69,12 +69,11 @@ def predict(
     )
     out = console_for(json_file)
     _show(found, predictor.kind, out)
-    right = [answer for one in found for answer in predictor.right(one)]
-    rows: list[dict[str, Any]] = []
-    if right:
-        share = sum(right) / len(right)
-        rows.append(row("predict", "accuracy", share))
-        out.print(f"{share:.2%} of the {len(right):,} {predictor.judged} whose label is known are right")
+    figures = predictor.figures(found)
+    rows = [row("predict", figure.metric, figure.value) for figure in figures if figure.value is not None]
+    for figure in figures:
+        if figure.sentence:
+            out.print(figure.sentence, markup=False, highlight=False, soft_wrap=True)
     if picture is not None:
         predictor.draw(found, picture)
     if json_file is not None:

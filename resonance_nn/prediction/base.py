@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import warnings
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -14,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from resonance_nn.data.documents import DataError
-from resonance_nn.data.tables import is_table, path_of, read_table
+from resonance_nn.data.tables import Row, is_table, path_of, read_table
 from resonance_nn.evaluation import autocast
 from resonance_nn.loading import load_processor
 
@@ -24,6 +26,16 @@ FALLBACK_FONTS = (  # for what matplotlib's own font lacks, such as Chinese, Jap
     *("Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback"),
     *("Hiragino Sans", "PingFang SC", "Arial Unicode MS", "Yu Gothic", "Microsoft YaHei", "Malgun Gothic"),
 )
+
+
+@dataclass(frozen=True)
+class Figure:
+    """How good what was said is, where the right answers are known: a metric by the name it has in training, its value,
+    and a sentence for people. None is a value that cannot be computed here."""
+
+    metric: str
+    value: float | None
+    sentence: str
 
 
 class Predictor(ABC):
@@ -66,15 +78,28 @@ class Predictor(ABC):
         """Whether what was said is right, once for each answer that is known."""
         return []
 
+    def figures(self, found: Sequence[Found]) -> list[Figure]:
+        """How good all that was said is; none where no right answer is known."""
+        right = [answer for one in found for answer in self.right(one)]
+        if not right:
+            return []
+        share = sum(right) / len(right)
+        sentence = f"{share:.2%} of the {len(right):,} {self.judged} whose label is known are right"
+        return [Figure("accuracy", share, sentence)]
+
     def finish(self, found: list[Found]) -> list[Found]:
         """When all is known of each."""
         return found
 
-    @torch.no_grad()
     def __call__(
         self, inputs: Sequence[Found], *, batch_size: int = 32, precision: str = "fp32", progress: bool = False
     ) -> list[Found]:
         """What the model says of each input, in their order."""
+        return self.finish(self.said(inputs, batch_size=batch_size, precision=precision, progress=progress))
+
+    @torch.no_grad()
+    def said(self, inputs: Sequence[Found], *, batch_size: int, precision: str, progress: bool) -> list[Found]:
+        """The same before :meth:`finish`."""
         found: list[Found] = []
         device = self.model.device
         bar = tqdm(total=len(inputs), unit="input", delay=2, leave=False, disable=not progress)
@@ -85,7 +110,7 @@ class Predictor(ABC):
                 out = self.model(**{name: value.to(device) for name, value in batch.items()})
                 found += [{**own, **said} for own, said in zip(part, self.read_off(part, batch, out), strict=True)]
                 bar.update(len(part))
-        return self.finish(found)
+        return found
 
     def draw(self, found: list[Found], path: str) -> None:
         """A PNG of inputs and what was said of them, where :attr:`can_draw`."""
@@ -103,6 +128,18 @@ class OneClass(Predictor):
 
     def right(self, one: Found) -> list[bool]:
         return [one["truth"] == one["label"]] if "truth" in one else []
+
+    def figures(self, found: Sequence[Found]) -> list[Figure]:
+        """The share of right classes, and where there are several its mean over them."""
+        each: dict[str, list[bool]] = defaultdict(list)
+        for one in found:
+            if "truth" in one:
+                each[one["truth"]] += self.right(one)
+        figures = super().figures(found)
+        if len(each) > 1:
+            macro = sum(sum(right) / len(right) for right in each.values()) / len(each)
+            figures.append(Figure("macro_accuracy", macro, f"{macro:.2%} in the mean over their {len(each)} labels"))
+        return figures
 
     def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
         return self.scores(out.logits)
@@ -126,6 +163,7 @@ class FilePredictor(Predictor):
     takes_text = False
     suffixes: ClassVar[tuple[str, ...]]
     column: ClassVar[str]  # of a table, with paths from where it lies
+    answer: ClassVar[str] = "label"  # the column with what is right, which may be missing
     processor_class: ClassVar[type[Any]]
 
     @classmethod
@@ -143,13 +181,13 @@ class FilePredictor(Predictor):
         )
         if not files:
             raise DataError(f"{path}: no {self.what} in it ({', '.join(self.suffixes)})")
-        named = place.is_dir()  # after a class, perhaps
+        named = place.is_dir() and self.answer == "label"  # after a class, perhaps
         return [self.of_file(str(file), file.parent.name if named else None) for file in sorted(files)]
 
     def rows(self, path: str) -> list[Found]:
-        """The files that a table names, and their labels, which may be missing. Raises DataError."""
+        """The files that a table names, and what is right of them, which may be missing. Raises DataError."""
         found: list[Found] = []
-        for number, row in enumerate(read_table(path, (self.column,), ("label",)), 1):
+        for number, row in enumerate(read_table(path, (self.column,), (self.answer,)), 1):
             where = f"{path}: row {number}"
             file = path_of(row, self.column, where, Path(path).parent)
             if not os.path.isfile(file):
@@ -157,11 +195,28 @@ class FilePredictor(Predictor):
                     f"{where}: its {self.column} is {row[self.column]!r}, and there is no file {file}; it must be the "
                     "path of one from where the table lies"
                 )
-            found.append(self.of_file(file, row.get("label")))
+            found.append(self.of_file(file, self.answer_of(row, where)))
         return found
+
+    def answer_of(self, row: Row, where: str) -> Any:
+        """What :meth:`truth` takes, None where it is missing. Raises DataError."""
+        return row.get(self.answer)
 
     def of_file(self, name: str, label: Any) -> Found:
         return {"name": name, "input": name, **self.truth(label)}
+
+
+def recalls(found: Sequence[Found]) -> list[Figure]:
+    """How often what belongs to a query, at place ``rank``, is the first match, and among the first ten."""
+    ranks = [one["rank"] for one in found if one.get("rank") is not None]
+    if not ranks:
+        return []
+    shares = {k: sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 10)}
+    words = {1: "first", 10: "among the first ten"}
+    return [
+        Figure(f"recall@{k}", share, f"{share:.2%} of the {len(ranks):,} known matches are {words[k]}")
+        for k, share in shares.items()
+    ]
 
 
 @contextmanager

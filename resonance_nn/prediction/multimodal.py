@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -15,7 +16,7 @@ from resonance_nn.data.tables import Row
 from resonance_nn.loading import load_processor
 from resonance_nn.models.multimodal import ResonanceForContrastive, ResonanceForMultimodalClassification
 from resonance_nn.plots import plot_retrieval
-from resonance_nn.prediction.base import Batch, Found, OneClass, Predictor, any_script
+from resonance_nn.prediction.base import Batch, Figure, Found, OneClass, Predictor, any_script, recalls
 from resonance_nn.processor import ResonanceProcessor
 from resonance_nn.tasks.multimodal import ORIGIN, MultimodalBatch, read_rows
 
@@ -82,6 +83,9 @@ class MultimodalMatches(MultimodalPredictor):
             first = one["matches"][0] if one["matches"] else {"input": f"no {asked}", "score": None}
             one |= {"input": said_of(one, [asked]) or one["input"], "label": first["input"], "score": first["score"]}
         return found
+
+    def figures(self, found: Sequence[Found]) -> list[Figure]:
+        return recalls(found)
 
     @any_script()
     def draw(self, found: list[Found], path: str) -> None:

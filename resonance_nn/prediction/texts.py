@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,9 +21,9 @@ from resonance_nn.models.encoder import (
     ResonanceForTokenClassification,
 )
 from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
-from resonance_nn.prediction.base import Batch, Found, OneClass, Predictor
+from resonance_nn.prediction.base import Batch, Figure, Found, OneClass, Predictor, recalls
 from resonance_nn.tasks.text import padded
-from resonance_nn.tasks.translation import translate
+from resonance_nn.tasks.translation import EXTRA, scores, translate
 
 
 class TextPredictor(Predictor):
@@ -30,6 +31,7 @@ class TextPredictor(Predictor):
 
     what = "texts"
     columns: ClassVar[tuple[str, ...]] = ("text",)  # the first that the table has
+    answer: ClassVar[str] = "label"  # the column with what is right, which may be missing
 
     @classmethod
     def load_processor(cls, folder: Path) -> Any:
@@ -38,7 +40,7 @@ class TextPredictor(Predictor):
     def files(self, path: str) -> list[Found]:
         if is_table(path):
             column = column_of(path, self.columns)
-            rows = read_table(path, (column,), optional=("label",))
+            rows = read_table(path, (column,), optional=(self.answer,))
             return [
                 {"name": f"{path}:{i}", **self.of_row(row, column, f"{path}: row {i}")} for i, row in enumerate(rows, 1)
             ]
@@ -50,7 +52,8 @@ class TextPredictor(Predictor):
     def of_row(self, row: Row, column: str, where: str) -> Found:
         """What a row of a table holds. Raises DataError."""
         text = "" if is_missing(row[column]) else text_of(row, column, where)
-        return {"input": text, **self.truth(row.get("label"))}
+        answer = row.get(self.answer)
+        return {"input": text, **self.truth(None if is_missing(answer) else answer)}
 
     def batch(self, inputs: list[Found]) -> Batch:
         ids = [self.ids(one) for one in inputs]
@@ -141,10 +144,29 @@ class HiddenWords(TextPredictor):
 
 
 class NearestTexts(TextPredictor):
-    """For each text the others nearest to it."""
+    """For each text the others nearest to it; where a table has a ``pair`` of each, its place among all pairs too."""
 
     kind = "nearest texts"
     architecture = ResonanceForSentenceEmbedding
+    answer = "pair"
+
+    def truth(self, label: Any) -> Found:
+        return {} if label is None else {"pair": str(label)}
+
+    def figures(self, found: Sequence[Found]) -> list[Figure]:
+        return recalls(found)
+
+    def said(self, inputs: Sequence[Found], **how: Any) -> list[Found]:
+        found = super().said(inputs, **how)
+        paired = [one for one in found if "pair" in one]
+        pairs = super().said([{"input": one["pair"]} for one in paired], **how)
+        if paired:
+            query, target = (torch.stack([one["embedding"] for one in side]) for side in (paired, pairs))
+            similarity = query @ target.T
+            ranks = (similarity > similarity.diagonal()[:, None]).sum(1) + 1
+            for one, rank in zip(paired, ranks.tolist(), strict=True):
+                one["rank"] = rank
+        return found
 
     def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
         return [{"embedding": vector} for vector in out.embeddings.float().cpu()]
@@ -163,11 +185,28 @@ class NearestTexts(TextPredictor):
 
 
 class Translations(TextPredictor):
-    """By beam search."""
+    """By beam search; judged by BLEU and ROUGE-L where a table has the ``target`` too."""
 
     kind = "translations"
     architecture = ResonanceForConditionalGeneration
-    columns = ("source", "text")
+    columns, answer = ("source", "text"), "target"
+
+    def truth(self, label: Any) -> Found:
+        return {} if label is None else {"target": str(label)}
+
+    def figures(self, found: Sequence[Found]) -> list[Figure]:
+        known = [one for one in found if "target" in one]
+        if not known:
+            return []
+        of = f"of the {len(known):,} texts whose translation is known"
+        if importlib.util.find_spec("sacrebleu") is None:
+            return [Figure("bleu", None, f"BLEU {of} needs sacrebleu; {EXTRA}")]
+        judged = scores([one["label"] for one in known], [one["target"] for one in known])
+        words = {"eval_bleu": "BLEU {:.2f}", "eval_rouge_l": "ROUGE-L {:.3f}"}
+        return [
+            Figure(name.removeprefix("eval_"), value, f"{words[name].format(value)} {of}")
+            for name, value in judged.items()
+        ]
 
     def __call__(
         self, inputs: Sequence[Found], *, batch_size: int = 32, precision: str = "fp32", progress: bool = False

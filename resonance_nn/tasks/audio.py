@@ -76,11 +76,12 @@ def find_events(path: str) -> list[Sound]:
     sounds: list[Sound] = []
     for number, row in enumerate(read_table(place, ("audio", "events")), 1):
         where = f"{path}: row {number}"
-        sounds.append(Sound(path_of(row, "audio", where, place.parent), events=_events(row, where), row=row))
+        sounds.append(Sound(path_of(row, "audio", where, place.parent), events=events_of(row, where), row=row))
     return sounds
 
 
-def _events(row: Row, where: str) -> tuple[Event, ...]:
+def events_of(row: Row, where: str) -> tuple[Event, ...]:
+    """The events of a row of a table. Raises DataError."""
     given, events = row["events"], list[Event]()
     if not isinstance(given, list):
         raise DataError(f"{where}: its events are {given!r:.60}; they must be a list, [] where nothing is heard")
@@ -213,24 +214,32 @@ class AudioEventDetection(AudioClassification):
 
     def target(self, sound: Sound, samples: int) -> Any:
         """(frames, labels), 1 within an event."""
-        middle = self.front_end.frame_times(samples).mean(1)
-        active = np.zeros((len(middle), len(self.classes)), np.float32)
-        for start, end, label in sound.events:
-            active[(middle >= start) & (middle < end), self.classes[label]] = 1
-        return active
+        return active_frames(sound.events, self.front_end.frame_times(samples), self.classes)
 
     def metrics(self, prediction: EvalPrediction) -> dict[str, float]:
         """Of frames: precision, recall and their harmonic mean, over all events together."""
         labels = np.asarray(prediction.label_ids)
         said, real = np.asarray(prediction.predictions) > 0, labels != IGNORE
-        hits = float((said & (labels == 1) & real).sum())
-        precision = hits / max(1.0, float((said & real).sum()))
-        recall = hits / max(1.0, float((labels == 1).sum()))
-        return {
-            "f1": 2 * precision * recall / max(1e-9, precision + recall),
-            "precision": precision,
-            "recall": recall,
-        }
+        return frame_scores((said & (labels == 1) & real).sum(), (said & real).sum(), (labels == 1).sum())
+
+
+def active_frames(events: Sequence[Event], times: np.ndarray, classes: Mapping[str, int]) -> np.ndarray:
+    """(frames, classes), 1 where the middle of a frame, of ``times`` (frames, 2), is within an event of a class."""
+    middle = times.mean(1)
+    active = np.zeros((len(middle), len(classes)), np.float32)
+    for start, end, label in events:
+        active[(middle >= start) & (middle < end), classes[label]] = 1
+    return active
+
+
+def frame_scores(hits: float, said: float, true: float) -> dict[str, float]:
+    """Precision, recall and F1, from how many frames are right, said, and true."""
+    precision, recall = float(hits) / max(1.0, float(said)), float(hits) / max(1.0, float(true))
+    return {
+        "f1": 2 * precision * recall / max(1e-9, precision + recall),
+        "precision": precision,
+        "recall": recall,
+    }
 
 
 class SoundBatch:
