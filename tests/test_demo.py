@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -13,6 +14,18 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+
+
+def test_a_machine_that_is_slow_trains_a_smaller_model(monkeypatch: pytest.MonkeyPatch):
+    spec = importlib.util.spec_from_file_location("demo", ROOT / "examples/demo.py")
+    assert spec is not None
+    assert spec.loader is not None
+    demo = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(demo)
+    monkeypatch.setattr(demo, "LARGE", {"hidden_size": 16, "num_hidden_layers": 1})
+    assert demo.fitting_shape(4096) == demo.LARGE
+    monkeypatch.setattr(demo, "TOO_LONG", 0.0)
+    assert demo.fitting_shape(4096) == demo.SMALL
 
 
 @pytest.mark.slow
