@@ -11,6 +11,7 @@ from conftest import relative
 from contract import small_config, uneven
 from test_seq2seq import bridges, ids, models, padded, small
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from resonance_nn import ResonanceCache, backbone
 from resonance_nn.bridges import BRIDGES, Bridge
@@ -123,6 +124,28 @@ def test_a_source_is_read_and_written_once(bridge: str, num_beams: int, monkeypa
     assert calls["encode"] == [50]
     assert calls["write"] == [50, 50], "a block each, not once a step"
     assert calls["read"] == [1] * 24, "token by token"
+
+
+@bridges
+@pytest.mark.parametrize("num_beams", [1, 4])
+def test_multiplications_are_linear_in_both_lengths(bridge: str, num_beams: int):
+    """Of matmuls: a source of n tokens adds as many for each further 64, each further token of the target the same
+    again, and neither depends on the other length."""
+    model = small(bridge)
+
+    def operations(n: int, m: int) -> int:
+        counter = FlopCounterMode(display=False)
+        with counter:
+            model.generate(ids(1, n), min_new_tokens=m, max_new_tokens=m, do_sample=False, num_beams=num_beams)
+        return counter.get_total_flops()
+
+    base = operations(128, 8)  # two chunks: a first one has nothing before it
+    longer, twice = operations(192, 8) - base, operations(256, 8) - base
+    more, most = operations(128, 16) - base, operations(128, 24) - base
+    assert min(longer, more) > 0
+    assert twice == 2 * longer
+    assert most == 2 * more
+    assert operations(192, 16) - base == longer + more
 
 
 @models
