@@ -16,7 +16,7 @@ from resonance_nn.ops.precision import computes_in_bf16
 
 BETAS = (0.9, 0.95)
 LEAST_RANK = 16  # a matrix with a shorter side is a few vectors, which there is little to make orthogonal of
-AT_ONCE = 2**24  # elements of matrices that are made orthogonal together: 32 MB of bfloat16
+AT_ONCE = 2**22  # elements of matrices that are made orthogonal together, which takes some five times their memory
 
 
 def build_optimizer(model: nn.Module, name: str = "adamw", *, lr: float = 1e-3, weight_decay: float = 0.1) -> Optimizer:
@@ -46,12 +46,16 @@ def build_optimizer(model: nn.Module, name: str = "adamw", *, lr: float = 1e-3, 
     matrices = [p for p in parameters if p in inner]
     if not matrices:
         return adamw
-    return Together(BatchedMuon(matrices, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"), adamw)
+    return Together(BatchedMuon(matrices, lr=lr, weight_decay=weight_decay), adamw)
 
 
 class BatchedMuon(Muon):
-    """``torch.optim.Muon``, with the matrices of one shape, upright or lying, made orthogonal together, and in float32
-    on a device that does not compute in bfloat16. There, torch's takes longer than the rest of a small model's step."""
+    """``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``, with the matrices of one shape, upright or lying,
+    made orthogonal together, and in float32 on a device that does not compute in bfloat16. There, torch's takes longer
+    than the rest of a small model's step."""
+
+    def __init__(self, parameters: Sequence[Tensor], *, lr: float, weight_decay: float) -> None:
+        super().__init__(parameters, lr=lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -85,7 +89,7 @@ class BatchedMuon(Muon):
         turned = orthogonalised(
             torch.stack(updates).to(dtype), group["ns_coefficients"], group["ns_steps"], eps=group["eps"]
         )
-        rate = lr * 0.2 * math.sqrt(max(parameters[0].shape))  # "match_rms_adamw"
+        rate = lr * 0.2 * math.sqrt(max(parameters[0].shape))
         for p, update in zip(parameters, turned, strict=True):
             p.mul_(1 - lr * group["weight_decay"])
             p.add_(update if p.shape[0] <= p.shape[1] else update.mT, alpha=-rate)

@@ -46,7 +46,7 @@ FLAGS = {
     "models": "--vocab-size --recipe --mixers --json",
     "bench": "",
     "bench ablation": "--ablations --data --tokens --seeds --hidden-size --layers --vocab-size --seq-len --lr "
-    "--threads --device --output-dir --resume --overwrite --json",
+    "--dtype --threads --device --output-dir --resume --overwrite --json",
     "bench all": "--output-dir --full --only --resume --json",
     "bench capacity": "--dims --pairs --trials --seed --full --json --plot",
     "bench context": f"--prefill --train --chunk --no-gradient-checkpointing {COMMON_MODELS}",

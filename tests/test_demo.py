@@ -10,22 +10,53 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+
+from resonance_nn.training import TrainArguments, TrainingInterrupted
 
 ROOT = Path(__file__).parent.parent
 
 
-def test_a_machine_that_is_slow_trains_a_smaller_model(monkeypatch: pytest.MonkeyPatch):
+def loaded() -> Any:
+    """The script, as a module."""
     spec = importlib.util.spec_from_file_location("demo", ROOT / "examples/demo.py")
     assert spec is not None
     assert spec.loader is not None
     demo = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(demo)
+    return demo
+
+
+def test_a_machine_that_is_slow_trains_a_smaller_model(monkeypatch: pytest.MonkeyPatch):
+    demo = loaded()
     monkeypatch.setattr(demo, "LARGE", {"hidden_size": 16, "num_hidden_layers": 1})
-    assert demo.fitting_shape(4096) == demo.LARGE
-    monkeypatch.setattr(demo, "TOO_LONG", 0.0)
-    assert demo.fitting_shape(4096) == demo.SMALL
+    said: list[str] = []
+    assert demo.fitting_shape(4096, said.append) == demo.LARGE
+    assert not said
+    assert demo.fitting_shape(10**12, said.append) == demo.SMALL
+    assert "minutes here: one of 1.3M, then" in said[0]
+
+
+@pytest.mark.parametrize("settings", [{"size": "tiny", "config": {}}, {"size": None, "config": {"hidden_size": 128}}])
+def test_an_unfinished_run_goes_on_with_its_own_shape(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """One begun by an earlier version too, which named a size."""
+    demo, given = loaded(), []
+
+    def train(arguments: TrainArguments) -> None:
+        given.append(arguments)
+        raise TrainingInterrupted(1, 2)
+
+    monkeypatch.setattr("resonance_nn.training.train", train)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--output-dir", str(tmp_path)])
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "run.json").write_text(json.dumps({"settings": settings}))
+    assert demo.main() == 130
+    assert given[0].resume
+    assert {"size": given[0].size, "config": given[0].config} == settings
 
 
 @pytest.mark.slow

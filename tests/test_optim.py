@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import nn
@@ -110,8 +108,8 @@ def test_muon_steps_as_pytorchs_does(at_once: int, bf16: bool, monkeypatch: pyte
     shapes = [(16, 40), (40, 16), (16, 40), (24, 24), (24, 24), (17, 33)]
     ours = [nn.Parameter(torch.randn(shape)) for shape in shapes]
     theirs = [nn.Parameter(p.detach().clone()) for p in ours]
-    settings: dict[str, Any] = {"lr": 0.02, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
-    a, b = BatchedMuon(ours, **settings), torch.optim.Muon(theirs, **settings)
+    a = BatchedMuon(ours, lr=0.02, weight_decay=0.1)
+    b = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     before = [p.detach().clone() for p in ours]
     for _ in range(5):
         for p, q in zip(ours, theirs, strict=True):

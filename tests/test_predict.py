@@ -9,14 +9,19 @@ import warnings
 import wave
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from transformers import EvalPrediction
 
 from resonance_nn.cli import main
-from resonance_nn.tasks.audio import frame_scores
+from resonance_nn.prediction import load_predictor, texts
+from resonance_nn.prediction.sounds import SoundEvents
+from resonance_nn.tasks.audio import AudioEventDetection
 from resonance_nn.tasks.translation import scores
 
 SMALL = ["--set", "hidden_size=16", "--set", "num_hidden_layers=1", "--set", "chunk_size=16", "--precision", "fp32"]
@@ -152,11 +157,14 @@ def test_classifiers_say_how_often_they_are_right(task, data, predict):
     assert metrics == {"accuracy": pytest.approx(sum(right) / number)}
 
 
-def test_translations_are_judged_as_in_training(data, predict, monkeypatch):
+def test_translations_are_judged_as_in_training(data, predict, refused, monkeypatch):
+    made = [f"eins {i if i < 8 else 'more than that'}" for i in range(16)]  # the first half is right
+    monkeypatch.setattr(texts, "translate", lambda *_, **__: made)
     said = predict("translation", data / "pairs.tsv")
-    made, targets = [one["label"] for one in said["found"]], [f"eins {i}" for i in range(16)]
-    expected = {name.removeprefix("eval_"): value for name, value in scores(made, targets).items()}
+    expected = {n.removeprefix("eval_"): v for n, v in scores(made, [f"eins {i}" for i in range(16)]).items()}
     assert {row["metric"]: row["ours"] for row in said["rows"]} == pytest.approx(expected)
+    assert expected["rouge_l"] == pytest.approx(0.5 + 0.5 * 2 / 6)  # one of two words, of four
+    assert 10 < expected["bleu"] < 90
     assert f"BLEU {expected['bleu']:.2f} of the 16 texts whose translation is known" in said["out"]
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     said = predict("translation", data / "pairs.tsv")
@@ -164,22 +172,52 @@ def test_translations_are_judged_as_in_training(data, predict, monkeypatch):
     assert "needs sacrebleu; pip install 'resonance-nn[translation]'" in said["out"]
 
 
-def test_events_are_judged_by_frames(data, predict):
+def test_events_are_judged_by_frames(data, predict, refused):
     """As if one sound held all frames; those of labels that the model does not have do not count."""
     said = predict("audio-event-detection", data / CASES["audio-event-detection"][0])
     assert [len(one["truth"]) for one in said["found"]] == [0, 1] * 8
-    counts = [one["frames"] for one in said["found"]]
-    assert {one["true"] for one in counts} == {0, 20}  # 0.2 s by steps of 10 ms
-    hits, heard, true = (sum(one[name] for one in counts) for name in ("right", "said", "true"))
-    expected = frame_scores(hits, heard, true)
-    assert {row["metric"]: row["ours"] for row in said["rows"]} == pytest.approx(expected)
-    assert f"F1 of frames {expected['f1']:.3f}" in said["out"]
+    assert [one["frames"]["true"] for one in said["found"]] == [0, 20] * 8  # 0.2 s by steps of 10 ms
+    assert {row["metric"] for row in said["rows"]} == {"f1", "precision", "recall"}
     table = data / "files" / "others.jsonl"
     other = {"start": 0.0, "end": 0.4, "label": "boom"}
     write_lines(table, json.dumps({"audio": "0.wav", "events": [other]}), '{"audio": "1.wav"}')
     said = predict("audio-event-detection", table)
     assert [one.get("frames", {}).get("true") for one in said["found"]] == [0, None]
     assert "of the 1 sounds whose events are known" in said["out"]
+    for name, text in (("e.csv", "audio,events\n0.wav,\n1.wav,[]\n"), ("e.tsv", "0.wav\tred\n")):
+        (data / "files" / name).write_text(text)  # cells cannot say events: inputs alone
+        assert predict("audio-event-detection", data / "files" / name)["rows"] == []
+    write_lines(table, '{"audio": "1.wav", "events": {"label": "beep"}}')
+    assert "row 1: its events are {'label': 'beep'}; they must be a list" in refused("audio-event-detection", table)
+
+
+def test_frames_are_counted_sound_by_sound(models, data):
+    """Of two sounds in a batch, the shorter one padded: what training's figures say of the same logits."""
+    predictor = load_predictor(models("audio-event-detection"))
+    assert isinstance(predictor, SoundEvents)
+    inputs = predictor.files(str(data / "files" / "events.jsonl"))[1:3]  # one with an event, one without
+    mask = torch.ones(2, 1600, dtype=torch.long)
+    mask[1, 800:] = 0
+    frames = [len(predictor.model.frame_times(n)) for n in (1600, 800)]
+    logits = torch.full((2, frames[0], 1), -1.0)
+    logits[0, 5:20] = 1.0  # the event is from 0.1 to 0.3 s
+    logits[1, 3:5] = 1.0
+    logits[1, frames[1] :] = 1.0  # padding
+    said = predictor.read_off(inputs, {"attention_mask": mask}, SimpleNamespace(logits=logits))
+    truth = predictor.model.frame_times(1600).mean(1)
+    active = (truth >= 0.1) & (truth < 0.3)
+    right = int(active[5:20].sum())
+    assert 0 < right < 15
+    assert [one["frames"] for one in said] == [
+        {"right": right, "said": 15, "true": 20},
+        {"right": 0, "said": 2, "true": 0},
+    ]
+    labels = np.full((2, frames[0], 1), -100.0)
+    labels[0, :, 0], labels[1, : frames[1]] = active, 0
+    task: Any = AudioEventDetection
+    expected = task.metrics(None, EvalPrediction(predictions=logits.numpy(), label_ids=labels))
+    figures = predictor.figures([{**one, **more} for one, more in zip(inputs, said, strict=True)])
+    assert {figure.metric: figure.value for figure in figures} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("task", ["sentence-embedding", "multimodal-retrieval"])
@@ -189,7 +227,7 @@ def test_matches_are_judged_by_their_places(task, data, predict):
     assert all(1 <= rank <= 16 for rank in ranks)
     expected = {f"recall@{k}": sum(rank <= k for rank in ranks) / 16 for k in (1, 10)}
     assert {row["metric"]: row["ours"] for row in said["rows"]} == pytest.approx(expected)
-    assert "of the 16 known matches are among the first ten" in said["out"]
+    assert "of 16 known matches are among the first ten of 16" in said["out"]
 
 
 def test_pairs_are_ranked_among_all_pairs(data, predict, models):
@@ -203,6 +241,24 @@ def test_pairs_are_ranked_among_all_pairs(data, predict, models):
     similarity = np.array([[a @ b for b in target] for a in query[:3]])
     expected = [int((row > row[i] + 1e-5).sum()) + 1 for i, row in enumerate(similarity)]
     assert [one.get("rank") for one in said["found"]] == [*expected, None]
+    assert "of 3 known matches are first of 3" in said["out"]
+
+
+def test_equal_pairs_are_one_candidate(data, predict):
+    """However many inputs there are at a time."""
+    table = data / "equal-pairs.jsonl"
+    write_lines(table, *(json.dumps({"text": f"{i} is", "pair": "yes" if i % 2 else f"no {i}"}) for i in range(12)))
+    one, other = (predict("sentence-embedding", table, "--batch-size", size) for size in (32, 3))
+    assert [o["rank"] for o in one["found"]] == [o["rank"] for o in other["found"]]
+    assert "of 12 known matches are first of 7" in one["out"]
+
+
+@pytest.mark.parametrize(("task", "column"), [("sentence-embedding", "pair"), ("translation", "target")])
+@pytest.mark.parametrize("value", [["a", "b"], False, {"a": 1}, 5, "\ud800"])
+def test_an_answer_that_is_no_text(task, column, value, data, refused):
+    table, inputs = data / "bad-answer.jsonl", {"sentence-embedding": "text", "translation": "source"}
+    write_lines(table, json.dumps({inputs[task]: "one", column: value}))
+    assert f"bad-answer.jsonl: row 1: its {column} " in refused(task, table)
 
 
 def test_a_translation_is_of_the_source(data, predict):

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from resonance_nn.cli.bench_common import names, one_precision, use_threads
+from resonance_nn.cli.bench_learning import Dtype, say_how_to_resume
 from resonance_nn.cli.common import (
     DeviceOption,
     JsonOption,
@@ -36,6 +37,7 @@ def ablation(
     vocab_size: Annotated[int, typer.Option(help="Of the tokenizer trained on the data.")] = 2048,
     seq_len: Annotated[int, typer.Option(help="Tokens of a window.")] = 512,
     lr: Annotated[float, typer.Option(help="Peak learning rate, the same for all.")] = 3e-3,
+    dtype: Dtype = None,
     threads: Annotated[int | None, typer.Option(help="Of PyTorch's CPU kernels. Default: PyTorch's.")] = None,
     device: DeviceOption = "cpu",
     output_dir: Annotated[str, typer.Option(help="A folder a run in this one.")] = "runs/bench-ablation",
@@ -50,7 +52,6 @@ def ablation(
     from rich.table import Table
 
     from resonance_nn.bench import ablation as suite
-    from resonance_nn.cli.bench_learning import say_how_to_resume
     from resonance_nn.progress import TrainingInterrupted
 
     options = suite.AblationOptions(
@@ -64,7 +65,7 @@ def ablation(
         vocab_size=vocab_size,
         seq_len=seq_len,
         lr=lr,
-        precision=one_precision(None, device),
+        precision=one_precision(dtype, device),
         device=device,
     )
     columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())

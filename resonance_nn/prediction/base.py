@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from resonance_nn.data.documents import DataError
-from resonance_nn.data.tables import Row, is_table, path_of, read_table
+from resonance_nn.data.tables import Row, is_missing, is_table, path_of, read_table
 from resonance_nn.evaluation import autocast
 from resonance_nn.loading import load_processor
 
@@ -48,6 +48,7 @@ class Predictor(ABC):
     can_draw: ClassVar[bool] = False
     default_top: ClassVar[int] = 3
     judged: ClassVar[str] = "inputs"  # what :meth:`right` judges, for people
+    answer: ClassVar[str] = "label"  # the column of a table with what is right, which may be missing
 
     def __init__(self, model: Any, processor: Any, top: int | None = None) -> None:
         self.model, self.processor = model, processor
@@ -70,8 +71,13 @@ class Predictor(ABC):
     def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
         """What the model's outputs for the batch that was made of them say of each input."""
 
-    def truth(self, label: Any) -> Found:
-        """``truth``, the right answer, where a folder or a table tells one that the model could give."""
+    def answer_of(self, row: Row, where: str) -> Any:
+        """What a row says is right, as :meth:`truth` takes it; None where it is missing. Raises DataError."""
+        answer = row.get(self.answer)
+        return None if is_missing(answer) else answer
+
+    def truth(self, answer: Any) -> Found:
+        """The right answer, where a folder or a table tells one that the model could give."""
         return {}
 
     def right(self, one: Found) -> list[bool]:
@@ -122,9 +128,9 @@ class OneClass(Predictor):
 
     kind = "labels"
 
-    def truth(self, label: Any) -> Found:
-        known = label is not None and str(label) in self.model.config.label2id
-        return {"truth": str(label)} if known else {}
+    def truth(self, answer: Any) -> Found:
+        known = answer is not None and str(answer) in self.model.config.label2id
+        return {"truth": str(answer)} if known else {}
 
     def right(self, one: Found) -> list[bool]:
         return [one["truth"] == one["label"]] if "truth" in one else []
@@ -163,7 +169,6 @@ class FilePredictor(Predictor):
     takes_text = False
     suffixes: ClassVar[tuple[str, ...]]
     column: ClassVar[str]  # of a table, with paths from where it lies
-    answer: ClassVar[str] = "label"  # the column with what is right, which may be missing
     processor_class: ClassVar[type[Any]]
 
     @classmethod
@@ -198,23 +203,19 @@ class FilePredictor(Predictor):
             found.append(self.of_file(file, self.answer_of(row, where)))
         return found
 
-    def answer_of(self, row: Row, where: str) -> Any:
-        """What :meth:`truth` takes, None where it is missing. Raises DataError."""
-        return row.get(self.answer)
-
-    def of_file(self, name: str, label: Any) -> Found:
-        return {"name": name, "input": name, **self.truth(label)}
+    def of_file(self, name: str, answer: Any) -> Found:
+        return {"name": name, "input": name, **self.truth(answer)}
 
 
-def recalls(found: Sequence[Found]) -> list[Figure]:
-    """How often what belongs to a query, at place ``rank``, is the first match, and among the first ten."""
+def recalls(found: Sequence[Found], candidates: int) -> list[Figure]:
+    """How often what belongs to a query, at place ``rank`` of the candidates, is the first, and among the first ten."""
     ranks = [one["rank"] for one in found if one.get("rank") is not None]
     if not ranks:
         return []
     shares = {k: sum(rank <= k for rank in ranks) / len(ranks) for k in (1, 10)}
     words = {1: "first", 10: "among the first ten"}
     return [
-        Figure(f"recall@{k}", share, f"{share:.2%} of the {len(ranks):,} known matches are {words[k]}")
+        Figure(f"recall@{k}", share, f"{share:.2%} of {len(ranks):,} known matches are {words[k]} of {candidates:,}")
         for k, share in shares.items()
     ]
 

@@ -39,8 +39,8 @@ class MultimodalPredictor(Predictor):
         for row in read_rows(path):
             if not any(row[name] for name in kinds):
                 raise DataError(f"{row[ORIGIN]}: has none of {', '.join(kinds)}, which this model reads; leave it out")
-            own = {name: row[name] for name in MODALITIES}
-            found.append({"name": row[ORIGIN], "input": said_of(row, kinds), **own, **self.truth(row.get("label"))})
+            own = {"name": row[ORIGIN], "input": said_of(row, kinds), **{name: row[name] for name in MODALITIES}}
+            found.append({**own, **self.truth(self.answer_of(row, row[ORIGIN]))})
         return found
 
     def batch(self, inputs: list[Found]) -> Batch:
@@ -85,7 +85,8 @@ class MultimodalMatches(MultimodalPredictor):
         return found
 
     def figures(self, found: Sequence[Found]) -> list[Figure]:
-        return recalls(found)
+        _, *others = self.model.config.modalities
+        return recalls(found, sum(any(one[name] for name in others) for one in found))
 
     @any_script()
     def draw(self, found: list[Found], path: str) -> None:

@@ -46,12 +46,13 @@ class SoundEvents(SoundPredictor):
     can_draw = True
 
     def answer_of(self, row: Row, where: str) -> Any:
-        return None if row.get("events") is None else events_of(row, where)
+        known = not isinstance(row.get("events"), str | None)  # a cell of a .csv or .tsv file cannot say them
+        return events_of(row, where) if known else None
 
-    def truth(self, label: Any) -> Found:
-        if label is None:
+    def truth(self, answer: Any) -> Found:
+        if answer is None:
             return {}
-        known = [event for event in label if event[2] in self.model.config.label2id]
+        known = [event for event in answer if event[2] in self.model.config.label2id]
         return {"truth": [{"label": name, "start": start, "end": end} for start, end, name in known]}
 
     def figures(self, found: Sequence[Found]) -> list[Figure]:

@@ -31,7 +31,6 @@ class TextPredictor(Predictor):
 
     what = "texts"
     columns: ClassVar[tuple[str, ...]] = ("text",)  # the first that the table has
-    answer: ClassVar[str] = "label"  # the column with what is right, which may be missing
 
     @classmethod
     def load_processor(cls, folder: Path) -> Any:
@@ -52,8 +51,7 @@ class TextPredictor(Predictor):
     def of_row(self, row: Row, column: str, where: str) -> Found:
         """What a row of a table holds. Raises DataError."""
         text = "" if is_missing(row[column]) else text_of(row, column, where)
-        answer = row.get(self.answer)
-        return {"input": text, **self.truth(None if is_missing(answer) else answer)}
+        return {"input": text, **self.truth(self.answer_of(row, where))}
 
     def batch(self, inputs: list[Found]) -> Batch:
         ids = [self.ids(one) for one in inputs]
@@ -143,29 +141,34 @@ class HiddenWords(TextPredictor):
         return said
 
 
-class NearestTexts(TextPredictor):
+class AnsweredByText(TextPredictor):
+    """What is right of a text is a text too, kept under the name of its column."""
+
+    def answer_of(self, row: Row, where: str) -> Any:
+        return None if super().answer_of(row, where) is None else text_of(row, self.answer, where)
+
+    def truth(self, answer: Any) -> Found:
+        return {} if answer is None else {self.answer: answer}
+
+
+class NearestTexts(AnsweredByText):
     """For each text the others nearest to it; where a table has a ``pair`` of each, its place among all pairs too."""
 
     kind = "nearest texts"
     architecture = ResonanceForSentenceEmbedding
     answer = "pair"
 
-    def truth(self, label: Any) -> Found:
-        return {} if label is None else {"pair": str(label)}
-
     def figures(self, found: Sequence[Found]) -> list[Figure]:
-        return recalls(found)
+        return recalls(found, len({one["pair"] for one in found if "pair" in one}))
 
     def said(self, inputs: Sequence[Found], **how: Any) -> list[Found]:
         found = super().said(inputs, **how)
         paired = [one for one in found if "pair" in one]
-        pairs = super().said([{"input": one["pair"]} for one in paired], **how)
-        if paired:
-            query, target = (torch.stack([one["embedding"] for one in side]) for side in (paired, pairs))
-            similarity = query @ target.T
-            ranks = (similarity > similarity.diagonal()[:, None]).sum(1) + 1
-            for one, rank in zip(paired, ranks.tolist(), strict=True):
-                one["rank"] = rank
+        column = {pair: i for i, pair in enumerate(dict.fromkeys(one["pair"] for one in paired))}
+        pairs = super().said([{"input": pair} for pair in column], **how)
+        for one in paired:
+            similarity = torch.stack([pair["embedding"] for pair in pairs]) @ one["embedding"]
+            one["rank"] = int((similarity > similarity[column[one["pair"]]]).sum()) + 1
         return found
 
     def read_off(self, inputs: list[Found], batch: Batch, out: Any) -> list[Found]:
@@ -184,15 +187,12 @@ class NearestTexts(TextPredictor):
         return found
 
 
-class Translations(TextPredictor):
+class Translations(AnsweredByText):
     """By beam search; judged by BLEU and ROUGE-L where a table has the ``target`` too."""
 
     kind = "translations"
     architecture = ResonanceForConditionalGeneration
     columns, answer = ("source", "text"), "target"
-
-    def truth(self, label: Any) -> Found:
-        return {} if label is None else {"target": str(label)}
 
     def figures(self, found: Sequence[Found]) -> list[Figure]:
         known = [one for one in found if "target" in one]
