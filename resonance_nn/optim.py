@@ -49,6 +49,13 @@ def build_optimizer(model: nn.Module, name: str = "adamw", *, lr: float = 1e-3, 
     return Together(BatchedMuon(matrices, lr=lr, weight_decay=weight_decay), adamw)
 
 
+def _loss_of(closure: Callable[[], float] | None) -> float | None:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
 class BatchedMuon(Muon):
     """``torch.optim.Muon`` with ``adjust_lr_fn="match_rms_adamw"``, with the matrices of one shape, upright or lying,
     made orthogonal together, and in float32 on a device that does not compute in bfloat16. There, torch's takes longer
@@ -59,10 +66,7 @@ class BatchedMuon(Muon):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         for group in self.param_groups:
             alike: dict[Any, list[Tensor]] = defaultdict(list)
             for p in group["params"]:
@@ -124,10 +128,7 @@ class Together(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = _loss_of(closure)
         for part in self.parts:
             part.step()
         return loss

@@ -204,7 +204,7 @@ def squared_relu(x: Tensor) -> Tensor:
 
 
 class _SquaredReLU(torch.autograd.Function):
-    """dx = 2 max(x, 0) dy, with max(x, 0) = √y; for float32 and wider dy / y^(−1/2), 0 at y = 0, because there
+    """dx = 2 max(x, 0) dy, with max(x, 0) = √y; for float32 and wider 2 dy / y^(−1/2), 0 at y = 0, because there
     PyTorch's √ is MKL's, on some CPUs twelve times as slow."""
 
     @staticmethod

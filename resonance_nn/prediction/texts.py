@@ -165,9 +165,10 @@ class NearestTexts(AnsweredByText):
         found = super().said(inputs, **how)
         paired = [one for one in found if "pair" in one]
         column = {pair: i for i, pair in enumerate(dict.fromkeys(one["pair"] for one in paired))}
-        pairs = super().said([{"input": pair} for pair in column], **how)
+        pairs = [pair["embedding"] for pair in super().said([{"input": pair} for pair in column], **how)]
+        candidates = torch.stack(pairs) if pairs else torch.empty(0)
         for one in paired:
-            similarity = torch.stack([pair["embedding"] for pair in pairs]) @ one["embedding"]
+            similarity = candidates @ one["embedding"]
             one["rank"] = int((similarity > similarity[column[one["pair"]]]).sum()) + 1
         return found
 
