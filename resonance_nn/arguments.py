@@ -150,9 +150,9 @@ class TrainArguments:
                 f"log_to = {self.log_to!r}: the package is not installed; pip install 'resonance-nn[track]'"
             )
 
-    def model_config(self, fields: Mapping[str, Any] | None = None) -> ResonanceConfig:
+    def model_config(self, fields: Mapping[str, Any] | None = None, **facts: Any) -> ResonanceConfig:
         """The configuration of a new model, its vocabulary as wished for. ``fields``: of the task, where neither a
-        recipe nor an argument says otherwise."""
+        recipe nor an argument says otherwise; ``facts``: of the data, where no argument does."""
         given = {"mixers": self.mixers and tuple(self.mixers), **self.training_fields()}
         twice = [name for name in self.config if given.get(name) is not None or name == "vocab_size"]
         if twice:
@@ -162,7 +162,7 @@ class TrainArguments:
             self.size or "tiny",
             recipe=self.recipe or "default",
             vocab_size=8192 if self.vocab_size is None else self.vocab_size,
-            **{**({} if self.recipe else dict(fields or {})), **given, **self.config},
+            **{**facts, **({} if self.recipe else dict(fields or {})), **given, **self.config},
         )
 
     def changed(self, config: ResonanceConfig) -> ResonanceConfig:

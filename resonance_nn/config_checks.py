@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 from resonance_nn.mixers import MIXERS, mixer_class
 from resonance_nn.ops.fla_backend import BACKENDS
@@ -44,6 +45,7 @@ def as_names(field: str, value: Any) -> tuple[str, ...]:
 
 def check_fields(config: ResonanceConfig) -> None:
     """Raise ValueError naming the field, its value, what is allowed and the likely fix."""
+    config = cast("ResonanceConfig", SimpleNamespace(**vars(config)))  # a check is no use of a field
 
     def check(condition: bool, field: str, allowed: str) -> None:
         if not condition:

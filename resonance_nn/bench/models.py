@@ -14,6 +14,7 @@ from resonance_nn.bench.inference import dtype_name, synchronize
 from resonance_nn.bench.peers import PEERS, build_peer, check_peers, count
 from resonance_nn.config import ResonanceConfig
 from resonance_nn.models import ResonanceForCausalLM
+from resonance_nn.unread import check_read
 
 NOT_OVERRIDDEN = {  # options of their own, or what all models share
     *("vocab_size", "hidden_size", "num_hidden_layers", "mixers"),
@@ -47,7 +48,7 @@ class ModelOptions:
     def check(self) -> None:
         """Raise ValueError naming the option, its value and what is allowed."""
         self.at_least(1, "hidden_size", "layers", "vocab_size")
-        self.config()
+        check_read(self.overrides, [(ResonanceForCausalLM, self.config())])
 
     def at_least(self, minimum: int, *names: str) -> None:
         """Raise ValueError if one of these options is smaller."""

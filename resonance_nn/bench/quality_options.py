@@ -12,6 +12,8 @@ from resonance_nn.bench.models import sized
 from resonance_nn.bench.peers import PEERS
 from resonance_nn.bench.runs import Plan
 from resonance_nn.config import RECIPES, ResonanceConfig
+from resonance_nn.models import ResonanceForCausalLM
+from resonance_nn.unread import check_read
 
 DEFAULT = "default"
 WARMUP = 0.05  # of the steps
@@ -91,6 +93,8 @@ class QualityOptions:
                 raise ValueError(f"rates: {model} = {lr}: must be > 0")
         for lr in self.lrs:
             self.plan_of(Case(1, self.models[0], lr, 0)).check()
+        ours = [name for name in self.models if name in OURS]
+        check_read(self.fields, [(ResonanceForCausalLM, self.config(name)) for name in ours])
 
     def tried(self, model: str) -> tuple[float, ...]:
         """The rates a model is trained with at the first length and seed."""

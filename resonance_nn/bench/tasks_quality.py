@@ -88,10 +88,11 @@ class TaskOptions:
             hold_out = None if self.hold_out is None else f"{self.hold_out}="
             for name in self.contestants:
                 self.arguments_of(name, lr=lr, output_dir=self.output_dir, hold_out=hold_out).check()
+        for name in self.contestants:
+            TASKS[task](self.arguments_of(name)).initial()
         for name in self.variants:
             if name in (OURS, *TASK_PEERS) or not re.fullmatch(r"\w[\w.-]*", name):
                 raise ValueError(f"variant = {name!r}: must be a name of its own, of letters, digits, _, - and .")
-            self.arguments_of(name).model_config(TASKS[task].fields)
 
 
 @dataclass(frozen=True, order=True)

@@ -19,6 +19,7 @@ from transformers import DefaultDataCollator, EvalPrediction, PreTrainedModel, T
 from resonance_nn import models
 from resonance_nn.arguments import TrainArguments
 from resonance_nn.config import ResonanceConfig
+from resonance_nn.config_checks import MODALITIES
 from resonance_nn.data.documents import DataError
 from resonance_nn.loading import load_config, load_weights
 from resonance_nn.models.audio import AudioEncoder
@@ -27,6 +28,7 @@ from resonance_nn.models.multimodal import MultimodalEncoder
 from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
 from resonance_nn.models.vision import ResonanceForImageClassification
 from resonance_nn.tasks.augment import check_changes
+from resonance_nn.unread import check_read
 
 Build = Callable[[ResonanceConfig], PreTrainedModel]
 INPUTS: dict[str, type[ResonancePreTrainedModel]] = {  # of models: the first that a class is of
@@ -84,6 +86,8 @@ class Task(ABC):
         self.start = a.changed(load_config(a.init)) if a.init else a.model_config(self.fields)
         if a.init:
             self._check_inputs(a.init)
+        else:
+            self._check_read()
         if a.r_drop and not self.predicts_classes:
             raise ValueError(f"r_drop = {a.r_drop!r}: {self.name} has no classes to agree on; leave it out")
         if a.r_drop and not self.start.dropout:
@@ -91,6 +95,13 @@ class Task(ABC):
                 f"r_drop = {a.r_drop!r}: both passes are the same without dropout; give --dropout 0.1, say"
             )
         return self.start
+
+    def _check_read(self) -> None:
+        """Raise ValueError where a field is set that no part of the model reads, whatever modalities it has."""
+        a, patch = self.arguments, self.start.patch_size
+        config = a.model_config(self.fields, image_size=(8 * patch, 8 * patch))
+        config.modalities = MODALITIES
+        check_read(a.config, [(self.architecture, config)])
 
     def _check_inputs(self, init: str) -> None:
         """Raise ValueError where the model to start from is of other inputs, by the class that it names."""
@@ -122,7 +133,7 @@ class Task(ABC):
         otherwise."""
         if self.arguments.init:
             return copy.deepcopy(self.start)
-        return self.arguments.model_config({**self.fields, **facts})
+        return self.arguments.model_config(self.fields, **facts)
 
     def new_model(self, config: ResonanceConfig) -> PreTrainedModel:
         """From the run's seed, or with the weights to start from. Raises ValueError where memory is too small."""
