@@ -1,13 +1,15 @@
-"""torch.compile: a compiled training step is the eager one. Without a C++ compiler: what the compiler traces and
-differentiates, run by PyTorch."""
+"""torch.compile: a compiled training step is the eager one. First without a C++ compiler: what the compiler traces and
+differentiates, run by PyTorch; then, where there is one, compiled."""
 
 from __future__ import annotations
+
+import shutil
 
 import pytest
 import torch
 from conftest import relative
 
-from resonance_nn import ResonanceConfig, ResonanceForCausalLM
+from resonance_nn import ResonanceConfig, ResonanceForCausalLM, ResonanceForImageClassification
 
 
 @pytest.mark.filterwarnings("ignore")  # the compiler's own warnings
@@ -37,3 +39,32 @@ def test_training_step(mixer: str, length: int, autocast: bool):
 
     for ours, eager in zip(step(traced), step(model), strict=True):
         assert relative(ours, eager) < (5e-2 if autocast else 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("mixer", ["spectral_gate", "holographic", "resonance", "hrr", "resolvent", "global_filter"])
+def test_compiled_for_this_machine(mixer: str):
+    """The C++ that is made of it has its own faults: at complex numbers that pass from one graph to the next."""
+    torch.manual_seed(0)
+    torch._dynamo.reset()
+    config = ResonanceConfig(vocab_size=61, hidden_size=32, num_hidden_layers=1, num_heads=2, mixers=(mixer,))
+    model: torch.nn.Module
+    if mixer == "global_filter":
+        config = ResonanceConfig(**{**config.to_dict(), "image_size": 16, "num_channels": 1, "filter_size": (4, 4)})
+        model = ResonanceForImageClassification(config)
+        inputs = {"pixel_values": torch.rand(4, 1, 16, 16), "labels": torch.tensor([0, 1, 1, 0])}
+    else:
+        model, ids = ResonanceForCausalLM(config), torch.randint(61, (2, 100))
+        inputs = {"input_ids": ids, "labels": ids}
+
+    def step(f: torch.nn.Module) -> list[torch.Tensor]:
+        model.zero_grad()
+        loss = f(**inputs).loss
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    model.train()
+    for ours, eager in zip(step(torch.compile(model)), step(model), strict=True):
+        assert relative(ours, eager) < 1e-4

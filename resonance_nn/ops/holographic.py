@@ -177,8 +177,9 @@ def hrr_chunked(
         raise ValueError(f"chunk_size = {chunk_size}: must be a positive integer, 64 is a good one")
     B, L, H, R, P = key.shape
     wide = wide_dtype(v)
-    k, q, z = _unpack(key.to(wide)), _unpack(query.to(wide)), _transform(v)  # (B, L, H, R, F) twice, (B, L, H, F)
+    k, z = _unpack(key.to(wide)), _transform(v)  # (B, L, H, R, F), (B, L, H, F)
     if erase:
+        q = _unpack(query.to(wide))
         log_decay, beta = _mask_inputs(log_decay.to(wide), beta.to(wide), mask)
         alpha = log_decay.exp() if reset is None else log_decay.exp().masked_fill(reset[..., None], 0)
         M = z.new_zeros(B, H, R, P // 2 + 1) if state is None else _transform(state.to(wide))
@@ -197,7 +198,9 @@ def hrr_chunked(
         mask=mask,
         chunk_size=chunk_size,
     )
-    y = (q.conj() * _as_complex(trace.to(wide), R)).sum(-2)  # (B, L, H, F)
+    re, im = _parts(query.to(wide))  # in reals: torch.compile has lost the conjugate of q here, and its gradient
+    trace_re, trace_im = trace.to(wide).unflatten(-1, (R, -1, 2)).unbind(-1)  # (B, L, H, R, F)
+    y = torch.complex((re * trace_re + im * trace_im).sum(-2), (re * trace_im - im * trace_re).sum(-2))
     return _inverse(y, v), _inverse(_as_complex(M.squeeze(-2), R), v, wide)
 
 
@@ -328,9 +331,13 @@ def _inverse(z: Tensor, like: Tensor, dtype: torch.dtype | None = None) -> Tenso
     return torch.fft.irfft(z, n=like.shape[-1], norm="ortho").to(dtype or like.dtype)
 
 
-def _unpack(x: Tensor) -> Tensor:  # packed (..., P) -> (..., F) complex
+def _parts(x: Tensor) -> tuple[Tensor, Tensor]:  # packed (..., P) -> real and imaginary parts (..., F)
     P = x.shape[-1]
-    return torch.complex(x[..., : P // 2 + 1], F.pad(x[..., P // 2 + 1 :], (1, 1 - P % 2)))
+    return x[..., : P // 2 + 1], F.pad(x[..., P // 2 + 1 :], (1, 1 - P % 2))
+
+
+def _unpack(x: Tensor) -> Tensor:  # packed (..., P) -> (..., F) complex
+    return torch.complex(*_parts(x))
 
 
 def _as_complex(x: Tensor, R: int) -> Tensor:  # (..., R·F·2) real -> (..., R, F) complex
