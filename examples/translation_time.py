@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from functools import partial
 from itertools import product
 from typing import Any
 
@@ -22,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from resonance_nn import ResonanceConfig, ResonanceForConditionalGeneration
-from resonance_nn.bench.common import interleaved
-from resonance_nn.bench.task_peers import build_task_peer, trained
+from resonance_nn.bench.common import interleaved, ratios
+from resonance_nn.bench.task_peers import POSITIONS, build_task_peer, trained
 
 Lengths = tuple[int, int]  # of source and target
 
@@ -68,7 +67,7 @@ def linear_fit(seconds: dict[Lengths, float]) -> tuple[np.ndarray, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", default="64,256,1024", help="of source and of target, by commas; up to 1,024")
+    parser.add_argument("--lengths", default="64,256,1024", help="of source and of target, three or more, by commas")
     parser.add_argument("--bridge", default="memory", choices=("memory", "spectral"))
     parser.add_argument("--beams", type=int, default=1)
     parser.add_argument("--width", type=int, default=256)
@@ -77,8 +76,8 @@ def main() -> int:
     options = parser.parse_args()
     given = [int(n) for n in options.lengths.split(",") if n.strip().isdecimal()]
     lengths = sorted(set(given))
-    if len(given) <= options.lengths.count(",") or len(lengths) < 2 or not 1 <= lengths[0] <= lengths[-1] <= 1024:
-        parser.error(f"--lengths {options.lengths}: must be two or more lengths of 1 to 1,024 tokens, by commas")
+    if len(given) <= options.lengths.count(",") or len(lengths) < 3 or not 1 <= lengths[0] <= lengths[-1] < POSITIONS:
+        parser.error(f"--lengths {options.lengths}: must be three or more lengths of 1 to {POSITIONS - 1:,} tokens")
     for name in ("beams", "repeats"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} {getattr(options, name)}: must be ≥ 1")
@@ -87,14 +86,16 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     grid = list(product(lengths, lengths))
-    calls = {(name, at): translation(model, at, options.beams) for name, model in models.items() for at in grid}
-    timed: Any = partial(interleaved, calls, options.repeats)  # by these keys, in place of names
-    medians = {key: statistics.median(times) for key, times in timed().items()}
+    keys = {f"{name} {at}": (name, at) for at in grid for name in models}
+    calls = {key: translation(models[name], at, options.beams) for key, (name, at) in keys.items()}
+    seconds = {keys[key]: times for key, times in interleaved(calls, options.repeats).items()}
+    medians = {key: statistics.median(times) for key, times in seconds.items()}
     sizes = ", ".join(f"{name} {trained(model):,}" for name, model in models.items())
     table = Table("source", "target", *models, "ratio", title=f"Seconds a translation; parameters: {sizes}")
     for at in grid:
-        ours, peer = (medians[name, at] for name in models)
-        table.add_row(*(f"{n:,}" for n in at), f"{ours:.3f}", f"{peer:.3f}", f"{peer / ours:.2f}")
+        ours, marian = (seconds[name, at] for name in models)
+        ratio = statistics.median(ratios(marian, ours))  # round by round
+        table.add_row(*(f"{n:,}" for n in at), *(f"{medians[name, at]:.3f}" for name in models), f"{ratio:.2f}")
     console = Console()
     console.print(table)
     for name in models:

@@ -11,10 +11,12 @@ from transformers import PreTrainedModel
 
 from resonance_nn.config import ResonanceConfig
 
-READ_LATER = {  # fields of a configuration that models read when they are used, if not when they are built
-    *("pooling", "label_smoothing", "z_loss_weight", "modality_dropout", "fim_rate", "use_cache", "initializer_range"),
-    *("initial_context", "chunk_size", "backend", "vocab_size", "sampling_rate", "format_version"),
-    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"),
+READ_LATER = {  # fields that are not asked about
+    # read when a model is used, if not when it is built
+    *("pooling", "label_smoothing", "z_loss_weight", "fim_rate", "use_cache", "initializer_range", "vocab_size"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id", "format_version"),
+    *("initial_context", "key_groups", "rotation"),  # others are derived from them
+    *("chunk_size", "backend"),  # of the machine, not of the model
 }
 
 
@@ -33,7 +35,7 @@ def unread_fields(architecture: type[PreTrainedModel], config: ResonanceConfig, 
     with torch.device("meta"):
         architecture(recorded)
     own = ResonanceConfig.own_fields() - READ_LATER - read
-    return [name for name in given if ResonanceConfig.attribute_map.get(name, name) in own]
+    return [name for name in given if name in own]
 
 
 def check_read(given: Mapping[str, Any], models: Sequence[tuple[type[PreTrainedModel], ResonanceConfig]]) -> None:
@@ -41,7 +43,12 @@ def check_read(given: Mapping[str, Any], models: Sequence[tuple[type[PreTrainedM
     names = list(given)
     for architecture, config in models:
         names = unread_fields(architecture, config, names)
-    if names and models:
+    refuse_unread(given, names if models else [])
+
+
+def refuse_unread(given: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Raise ValueError naming the first of some given fields, if there are any."""
+    if names:
         raise ValueError(
             f"{names[0]} = {given[names[0]]!r} changes nothing: no part of the model reads it; leave it out, or choose "
             "the mixer or other part that it is for (help(resonance_nn.ResonanceConfig) tells)"

@@ -62,7 +62,7 @@ def test_every_field_is_read_by_some_model():
     ("task", "fields", "unread"),
     [
         ("text-generation", {}, {"num_groups", "num_bands", "encoder_mixers", "patch_size", "num_traces"}),
-        ("text-generation", {"mixers": ("spectral_gate",)}, {"erase", "gates", "key_groups", "initial_recall"}),
+        ("text-generation", {"mixers": ("spectral_gate",)}, {"erase", "gates", "initial_recall", "sampling_rate"}),
         ("text-classification", {"mixers": ("global_filter",)}, {"num_modes", "conv_size", "erase"}),
         ("translation", {}, {"filter_size", "image_mixers", "fusion"}),
         ("image-classification", {}, {"num_modes", "expand", "front_end", "sliding_window"}),
@@ -75,14 +75,9 @@ def test_what_is_unread(task, fields, unread):
     config = config_of(task, **fields)
     found = set(unread_fields(TASKS[task].architecture, config, sorted(ResonanceConfig.own_fields())))
     assert unread <= found
-    assert not found & {"hidden_size", "num_heads", "num_hidden_layers", "dropout", "norm_eps", "mlp", "pooling"}
+    assert not found & {"hidden_size", "num_heads", "num_hidden_layers", "dropout", "norm_eps", "mlp"}
     assert type(config) is ResonanceConfig  # as it was
     assert config.num_hidden_layers == 4
-
-
-def test_an_alias_is_its_field():
-    config = config_of("text-generation")
-    assert unread_fields(TASKS["text-generation"].architecture, config, ["num_attention_heads"]) == []
 
 
 @pytest.mark.parametrize(
@@ -92,6 +87,8 @@ def test_an_alias_is_its_field():
         (["--task", "audio-classification", "--set", "frame_size=16"], "frame_size = 16 changes nothing"),
         (["--set", "filter_size=128"], "filter_size = 128 changes nothing"),
         (["--task", "multimodal-retrieval", "--mixers", "spectral_gate"], "set encoder_mixers"),
+        (["--task", "multimodal-retrieval", "--recipe", "spectral"], "set encoder_mixers"),
+        (["--task", "multimodal-retrieval", "--set", "mixers=spectral_gate"], "set encoder_mixers"),
     ],
 )
 def test_the_command_refuses_them(words, message, tmp_path, capsys):
@@ -116,6 +113,32 @@ def test_a_comparison_refuses_them_before_anything_is_trained(tmp_path, capsys):
     ]
     assert main([*words, "--variant", "deep:num_modes=4"]) == 2
     assert "num_modes = 4 changes nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "kept", "dropped"),
+    [
+        ("audio-classification", ["num_mel_bins=40", "--variant", "w:front_end=waveform"], "resonance", "w"),
+        ("text-classification", ["num_bands=4", "--variant", "f:mixers=global_filter"], "f", "resonance"),
+        ("translation", ["num_bands=4", "--variant", "s:bridge=spectral"], "s", "resonance"),
+    ],
+)
+def test_what_one_contestant_reads_is_set_on_it_alone(task, words, kept, dropped, monkeypatch, tmp_path):
+    from resonance_nn.bench import tasks_quality
+
+    seen = {}
+
+    def run(options, **_):
+        options.check()
+        seen.update({name: options.arguments_of(name).config for name in options.contestants})
+        raise ValueError("enough")
+
+    monkeypatch.setattr(tasks_quality, "run", run)
+    command = ["bench", "task", "--task", task, "--data", "nowhere", "--output-dir", str(tmp_path / "b")]
+    assert main([*command, "--set", *words]) == 2
+    field = words[0].split("=")[0]
+    assert field in seen[kept]
+    assert field not in seen[dropped]
 
 
 @pytest.mark.parametrize("suite", [["speed"], ["quality"], ["passkey"]])

@@ -31,6 +31,7 @@ from resonance_nn.tasks import TASKS
 from resonance_nn.tasks.augment import CHANGES
 from resonance_nn.tasks.base import ExamplesTask
 from resonance_nn.training import train
+from resonance_nn.unread import refuse_unread
 
 OURS = "resonance"
 
@@ -61,12 +62,18 @@ class TaskOptions:
         return others[0] if others else self.contestants[0] if len(self.contestants) > 1 else None
 
     def arguments_of(self, model: str, **more: Any) -> TrainArguments:
-        """Those of a contestant's run: without changes of modalities that a variant leaves out."""
-        a = self.arguments
-        config = {**a.config, **self.variants.get(model, {})}
+        """Those of a contestant's run: without changes of modalities that a variant leaves out, and without fields
+        shared by all that this one does not read."""
+        a, own = self._with_fields(model), self.variants.get(model, {})
+        unread = TASKS[a.task](a).unread()
+        config = {name: value for name, value in a.config.items() if name in own or name not in unread}
         gone = [name for kind in CHANGES if kind not in config.get("modalities", CHANGES) for name in CHANGES[kind]]
         augment = a.augment and [name for name in a.augment if name not in gone]
         return replace(a, config=config, augment=augment, **more)
+
+    def _with_fields(self, model: str) -> TrainArguments:
+        """All that were set, for all and for this contestant."""
+        return replace(self.arguments, config={**self.arguments.config, **self.variants.get(model, {})})
 
     def check(self) -> None:
         """Raise ValueError naming the option, its value and what is allowed."""
@@ -87,7 +94,11 @@ class TaskOptions:
         for lr in self.lrs:
             hold_out = None if self.hold_out is None else f"{self.hold_out}="
             for name in self.contestants:
-                self.arguments_of(name, lr=lr, output_dir=self.output_dir, hold_out=hold_out).check()
+                a = replace(self._with_fields(name), lr=lr, output_dir=self.output_dir, hold_out=hold_out)
+                a.check()
+        shared = self.arguments.config
+        used = {field for name in self.contestants for field in self.arguments_of(name).config}
+        refuse_unread(shared, [field for field in shared if field not in used])
         for name in self.contestants:
             TASKS[task](self.arguments_of(name)).initial()
         for name in self.variants:

@@ -178,7 +178,7 @@ def _forward(v: Tensor, G: Tensor, weight: Tensor, bias: Tensor, basis: _Basis) 
 def _complex_product(a: Tensor, b: Tensor, *, conjugate: bool = False) -> Tensor:
     """a b of tensors (b, 2, N, H, 1 or P) and (b, 2, N, H, P), real and imaginary parts; ā b with ``conjugate``."""
     sign = -1 if conjugate else 1
-    if torch.compiler.is_compiling():  # which cannot write into a part of a tensor
+    if torch.compiler.is_compiling():  # which does not take out= of a part of a tensor
         real = a[:, 0] * b[:, 0] - sign * a[:, 1] * b[:, 1]
         return torch.stack((real, a[:, 0] * b[:, 1] + sign * a[:, 1] * b[:, 0]), dim=1)
     product = torch.empty_like(b)

@@ -28,7 +28,7 @@ from resonance_nn.models.multimodal import MultimodalEncoder
 from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
 from resonance_nn.models.vision import ResonanceForImageClassification
 from resonance_nn.tasks.augment import check_changes
-from resonance_nn.unread import check_read
+from resonance_nn.unread import refuse_unread, unread_fields
 
 Build = Callable[[ResonanceConfig], PreTrainedModel]
 INPUTS: dict[str, type[ResonancePreTrainedModel]] = {  # of models: the first that a class is of
@@ -87,7 +87,7 @@ class Task(ABC):
         if a.init:
             self._check_inputs(a.init)
         else:
-            self._check_read()
+            refuse_unread(a.config, self.unread())
         if a.r_drop and not self.predicts_classes:
             raise ValueError(f"r_drop = {a.r_drop!r}: {self.name} has no classes to agree on; leave it out")
         if a.r_drop and not self.start.dropout:
@@ -96,12 +96,12 @@ class Task(ABC):
             )
         return self.start
 
-    def _check_read(self) -> None:
-        """Raise ValueError where a field is set that no part of the model reads, whatever modalities it has."""
-        a, patch = self.arguments, self.start.patch_size
+    def unread(self) -> list[str]:
+        """Which of the fields that were set no part of a new model reads, whatever modalities it has."""
+        a, patch = self.arguments, self.arguments.config.get("patch_size", ResonanceConfig.patch_size)
         config = a.model_config(self.fields, image_size=(8 * patch, 8 * patch))
         config.modalities = MODALITIES
-        check_read(a.config, [(self.architecture, config)])
+        return unread_fields(self.architecture, config, a.config)
 
     def _check_inputs(self, init: str) -> None:
         """Raise ValueError where the model to start from is of other inputs, by the class that it names."""

@@ -69,10 +69,11 @@ class MultimodalClassification(ExamplesTask):
 
     def initial(self) -> ResonanceConfig:
         a, config = self.arguments, super().initial()
-        if a.mixers:
+        if a.mixers or a.recipe or "mixers" in a.config:
+            given = f"recipe = {a.recipe!r}" if a.recipe else f"mixers = {a.mixers or a.config['mixers']}"
             raise ValueError(
-                f"mixers = {list(a.mixers)}: {self.name} has an encoder a modality; set encoder_mixers (of texts), "
-                "image_mixers or audio_mixers"
+                f"{given}: {self.name} has an encoder a modality; set encoder_mixers (of texts), image_mixers or "
+                "audio_mixers"
             )
         self.processor = load_processor(model_folder(a.init), ResonanceProcessor) if a.init else None
         self.tokenizer = load_tokenizer(a.tokenizer) if a.tokenizer else None
