@@ -84,7 +84,7 @@ def main() -> int:
 
     console.print("\n[bold]3. Generate[/]: the prompt is plain, what the model adds is highlighted\n")
     ids = encode_prompt(tokenizer, PROMPT.encode())
-    sampling = Sampling(max_new_tokens=80, temperature=0.5, top_p=0.9, seed=options.seed)
+    sampling = Sampling(max_new_tokens=80, temperature=0.7, top_p=0.9, repetition_penalty=1.1, seed=options.seed)
     completion = complete(model, tokenizer, [ids], sampling)[0][0]
     console.print(Text.assemble(PROMPT, (completion.text, "bold black on bright_green")), soft_wrap=True)
 
