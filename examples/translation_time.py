@@ -86,9 +86,8 @@ def main() -> int:
     except ValueError as error:
         parser.error(str(error))
     grid = list(product(lengths, lengths))
-    keys = {f"{name} {at}": (name, at) for at in grid for name in models}
-    calls = {key: translation(models[name], at, options.beams) for key, (name, at) in keys.items()}
-    seconds = {keys[key]: times for key, times in interleaved(calls, options.repeats).items()}
+    calls = {(name, at): translation(model, at, options.beams) for at in grid for name, model in models.items()}
+    seconds = interleaved(calls, options.repeats)
     medians = {key: statistics.median(times) for key, times in seconds.items()}
     sizes = ", ".join(f"{name} {trained(model):,}" for name, model in models.items())
     table = Table("source", "target", *models, "ratio", title=f"Seconds a translation; parameters: {sizes}")

@@ -101,16 +101,7 @@ def test_the_command_refuses_them(words, message, tmp_path, capsys):
 
 
 def test_a_comparison_refuses_them_before_anything_is_trained(tmp_path, capsys):
-    words = [
-        "bench",
-        "task",
-        "--task",
-        "image-classification",
-        "--data",
-        "nowhere",
-        "--output-dir",
-        str(tmp_path / "b"),
-    ]
+    words = ["bench", "task", "--data", "nowhere", "--output-dir", str(tmp_path / "b")]
     assert main([*words, "--variant", "deep:num_modes=4"]) == 2
     assert "num_modes = 4 changes nothing" in capsys.readouterr().err
 

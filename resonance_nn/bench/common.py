@@ -5,10 +5,10 @@ from __future__ import annotations
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rich.table import Table
 
@@ -23,18 +23,21 @@ def no_progress(done: int, total: int) -> None:
     """Nobody is told."""
 
 
+_Key = TypeVar("_Key", bound=Hashable)
+
+
 def interleaved(
-    functions: Mapping[str, Callable[[], None]],
+    functions: Mapping[_Key, Callable[[], None]],
     repeats: int,
     advance: Callable[[], None] = lambda: None,
     *,
     warm_up: bool = True,
-) -> dict[str, list[float]]:
+) -> dict[_Key, list[float]]:
     """Seconds of each call: one round to warm up, then ``repeats`` rounds that call every function once.
 
     A machine's drift meets all of them alike, so that the ratio within a round is what to compare.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[_Key, list[float]] = {name: [] for name in functions}
     for round_number in range(0 if warm_up else 1, repeats + 1):
         for name, function in functions.items():
             start = time.perf_counter()
