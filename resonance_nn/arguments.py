@@ -29,7 +29,7 @@ FREE = ("data", "eval_data", "output_dir", "resume", "overwrite", "keep", "save_
 class TrainArguments:
     """What ``resonance train`` takes. Every None is derived, as its comment says.
 
-    One of ``steps``, ``epochs`` and ``tokens`` is the budget; without any, one epoch.
+    One of ``steps``, ``epochs`` and ``tokens`` is the budget; without any, the task's epochs, else one.
     """
 
     data: Sequence[str]  # files, folders, globs, "stdlib", "hub:org/name"
@@ -40,14 +40,14 @@ class TrainArguments:
     text_field: str = "text"  # of JSONL
     binary: bool = False
 
-    size: str | None = None  # None: "tiny"
+    size: str | None = None  # None: the task's width and depth, else "tiny"
     recipe: str | None = None  # of resonance_nn.config.RECIPES; None: "default"
     mixers: Sequence[str] | None = None  # None: the config's default
-    vocab_size: int | None = None  # of the tokenizer to train; None: 8192
+    vocab_size: int | None = None  # of the tokenizer to train; None: the task's, else 8192
     tokenizer: str | None = None  # a folder with a tokenizer to use instead
     init: str | None = None  # a model to go on from
     config: dict[str, Any] = field(default_factory=dict)  # further fields of ResonanceConfig
-    dropout: float | None = None  # None: the model's, 0 for a new one; so are the next two
+    dropout: float | None = None  # None: the model's, the task's for a new one; so are the next two
     label_smoothing: float | None = None
     z_loss: float | None = None
     fim: float = 0.0  # share of the training documents to learn to fill in the middle of; text-generation only
@@ -58,13 +58,13 @@ class TrainArguments:
     seq_len: int = 512
     batch_size: int | None = None  # windows or examples a process in one forward pass; None: the task's
     accumulate: int = 1  # forward passes a step
-    lr: float | None = None  # None: 6e-3 of muon or 3e-3 of adamw, · 256 / width if that is less; a tenth with init
+    lr: float | None = None  # None: 6e-3 of muon, 3e-3 of adamw, · 256 / width if less, · the task's; a tenth with init
     warmup: float = 0.05  # below 1 a share of the steps, else steps
     optimizer: str = "muon"  # or "adamw", see resonance_nn.optim
     weight_decay: float = 0.1
     clip: float = 1.0  # 0 turns it off
     r_drop: float = 0.0  # how much two passes with different dropout are to agree, see resonance_nn.trainer
-    augment: Sequence[str] | None = None  # what to change training examples by at random; the task says what there is
+    augment: Sequence[str] | None = None  # what to change training examples by at random; None: the task's
     precision: str = "auto"
     device: str = "auto"
     gradient_checkpointing: bool = False
@@ -151,8 +151,8 @@ class TrainArguments:
             )
 
     def model_config(self, fields: Mapping[str, Any] | None = None, **facts: Any) -> ResonanceConfig:
-        """The configuration of a new model, its vocabulary as wished for. ``fields``: of the task, where neither a
-        recipe nor an argument says otherwise; ``facts``: of the data, where no argument does."""
+        """The configuration of a new model, its vocabulary as wished for. ``fields`` of the task and ``facts`` of the
+        data hold where no argument says otherwise."""
         given = {"mixers": self.mixers and tuple(self.mixers), **self.training_fields()}
         twice = [name for name in self.config if given.get(name) is not None or name == "vocab_size"]
         if twice:
@@ -162,7 +162,7 @@ class TrainArguments:
             self.size or "tiny",
             recipe=self.recipe or "default",
             vocab_size=8192 if self.vocab_size is None else self.vocab_size,
-            **{**facts, **({} if self.recipe else dict(fields or {})), **given, **self.config},
+            **{**facts, **dict(fields or {}), **given, **self.config},
         )
 
     def changed(self, config: ResonanceConfig) -> ResonanceConfig:

@@ -49,10 +49,10 @@ def train(arguments: TrainArguments, build: Build | None = None) -> dict[str, An
     device = resolve_device(arguments.device)
     precision = resolve_precision(arguments.precision, device)
     task = TASKS[arguments.task](arguments, build)
-    config = task.initial()
+    arguments, config = task.arguments, task.initial()
     check_backend(config.backend, device)
     batch_size = arguments.batch_size or task.batch_size
-    trainer_arguments = _trainer_arguments(arguments, device, precision, config, batch_size)
+    trainer_arguments = _trainer_arguments(arguments, device, precision, config, batch_size, task.rate)
     folder = RunFolder(Path(arguments.output_dir))
     run = _run_settings(arguments, trainer_arguments, device, precision)
     main = trainer_arguments.process_index == 0
@@ -94,7 +94,7 @@ def train(arguments: TrainArguments, build: Build | None = None) -> dict[str, An
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     progress.say(
         f"{parameters / 1e6:.2f}M parameters, {steps:,} steps of {per_step:,} {learning.unit}, {learning.text}, "
-        f"{precision} on {device}"
+        f"{precision} on {device}{task.note}"
     )
     checkpoint = folder.last_checkpoint()
     begin = time.perf_counter()
@@ -154,12 +154,12 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _trainer_arguments(
-    arguments: TrainArguments, device: str, precision: str, config: ResonanceConfig, batch_size: int
+    arguments: TrainArguments, device: str, precision: str, config: ResonanceConfig, batch_size: int, rate: float
 ) -> TrainingArguments:
     lr = arguments.lr
     if lr is None:
         of_width_256 = OPTIMIZERS[arguments.optimizer]
-        lr = of_width_256 * min(1.0, 256 / config.hidden_size) * (0.1 if arguments.init else 1.0)
+        lr = rate * of_width_256 * min(1.0, 256 / config.hidden_size) * (0.1 if arguments.init else 1.0)
     result = TrainingArguments(
         output_dir=str(arguments.output_dir),
         per_device_train_batch_size=batch_size,

@@ -19,6 +19,7 @@ from resonance_nn.processor import ResonanceProcessor
 
 SMALL = ["--set", "hidden_size=32", "--set", "num_hidden_layers=1", "--set", "chunk_size=16", "--set", "patch_size=2"]
 SMALL += ["--set", "num_mel_bins=8", "--precision", "fp32", "--lr", "1e-2", "--vocab-size", "300", "--batch-size", "16"]
+SMALL += ["--dropout", "0", "--augment", "none"]
 COLOURS = {"red": (250, 20, 20), "green": (20, 250, 20), "blue": (20, 20, 250)}
 
 

@@ -210,12 +210,14 @@ def test_init_goes_on_with_a_model(arguments, tmp_path):
 def test_a_rate_of_its_own_for_each_optimizer(arguments, optimizer, rate):
     made = [
         training_module._trainer_arguments(
-            replace(arguments, **change), "cpu", "fp32", ResonanceConfig(hidden_size=D), 8
+            replace(arguments, **change), "cpu", "fp32", ResonanceConfig(hidden_size=D), 8, of_task
         )
+        for of_task in (1.0, 0.5)
         for change in ({"optimizer": optimizer}, {"optimizer": optimizer, "init": "model"}, {"lr": 0.5})
         for D in (64, 256, 512)
     ]
     expected = [rate, rate, rate / 2, rate / 10, rate / 10, rate / 20, 0.5, 0.5, 0.5]
+    expected += [rate / 2, rate / 2, rate / 4, rate / 20, rate / 20, rate / 40, 0.5, 0.5, 0.5]
     assert [one.learning_rate for one in made] == pytest.approx(expected)
 
 

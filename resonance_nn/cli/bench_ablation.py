@@ -7,13 +7,14 @@ from typing import Annotated
 
 import typer
 
-from resonance_nn.cli.bench_common import names, one_precision, use_threads
+from resonance_nn.cli.bench_common import one_precision, use_threads
 from resonance_nn.cli.bench_learning import Dtype, say_how_to_resume
 from resonance_nn.cli.common import (
     DeviceOption,
     JsonOption,
     check_output,
     console_for,
+    names,
     stderr_console,
     wide_view,
     write_json,

@@ -12,8 +12,7 @@ from typing import Annotated, Any, NamedTuple
 
 import typer
 
-from resonance_nn.cli.bench_common import names
-from resonance_nn.cli.common import JsonOption, check_output, console_for, stderr_console, wide_view, write_json
+from resonance_nn.cli.common import JsonOption, check_output, console_for, names, stderr_console, wide_view, write_json
 
 
 class Preset(NamedTuple):

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 
-from resonance_nn.cli.common import check_output, config_fields, console_for, dtype_of, stderr_console, write_json
+from resonance_nn.cli.common import (
+    check_output,
+    config_fields,
+    console_for,
+    dtype_of,
+    names,
+    stderr_console,
+    write_json,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -116,16 +124,6 @@ def chosen_numbers(flag: str, text: str | None, *, full: bool) -> tuple[int, ...
     if full and text is not None:
         raise ValueError(f"--full and {flag}: --full is a list of its own; give one")
     return None if text is None else numbers(flag, text)
-
-
-def names(text: str) -> tuple[str, ...]:
-    """Those of "a,b"."""
-    return tuple(name.strip() for name in text.split(","))
-
-
-def names_or_none(text: str) -> tuple[str, ...]:
-    """Those of "a,b"; none of "none"."""
-    return () if text == "none" else names(text)
 
 
 def one_precision(precision: str | None, device: str) -> str:

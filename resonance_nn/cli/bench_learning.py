@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from resonance_nn.cli.bench_common import FASTEST, PlotOption, check_outputs, names, numbers, one_precision, use_threads
-from resonance_nn.cli.common import DeviceOption, JsonOption, console_for, stderr_console, wide_view, write_json
+from resonance_nn.cli.bench_common import FASTEST, PlotOption, check_outputs, numbers, one_precision, use_threads
+from resonance_nn.cli.common import DeviceOption, JsonOption, console_for, names, stderr_console, wide_view, write_json
 
 if TYPE_CHECKING:
     from resonance_nn.bench.sweep import Sweep

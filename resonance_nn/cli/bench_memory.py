@@ -21,12 +21,11 @@ from resonance_nn.cli.bench_common import (
     check_outputs,
     measure,
     model_options,
-    names_or_none,
     numbers,
     readable_bytes,
     title_of,
 )
-from resonance_nn.cli.common import DeviceOption, JsonOption, wide_view
+from resonance_nn.cli.common import DeviceOption, JsonOption, names_or_none, wide_view
 
 
 def memory(

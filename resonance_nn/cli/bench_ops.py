@@ -13,11 +13,10 @@ from resonance_nn.cli.bench_common import (
     RepeatsOption,
     check_outputs,
     measure,
-    names,
     one_dtype,
     title_of,
 )
-from resonance_nn.cli.common import DeviceOption, JsonOption, wide_view
+from resonance_nn.cli.common import DeviceOption, JsonOption, names, wide_view
 
 
 def ops(

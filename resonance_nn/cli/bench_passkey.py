@@ -8,15 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from resonance_nn.cli.bench_common import (
-    PlotOption,
-    SetOption,
-    check_outputs,
-    names,
-    numbers,
-    one_precision,
-    use_threads,
-)
+from resonance_nn.cli.bench_common import PlotOption, SetOption, check_outputs, numbers, one_precision, use_threads
 from resonance_nn.cli.bench_learning import (
     BatchTokens,
     Cooldown,
@@ -29,7 +21,7 @@ from resonance_nn.cli.bench_learning import (
     WeightDecay,
     showing,
 )
-from resonance_nn.cli.common import DeviceOption, JsonOption, config_fields, console_for, wide_view, write_json
+from resonance_nn.cli.common import DeviceOption, JsonOption, config_fields, console_for, names, wide_view, write_json
 
 
 def passkey(

@@ -10,15 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from resonance_nn.cli.bench_common import (
-    PlotOption,
-    SetOption,
-    check_outputs,
-    names,
-    numbers,
-    one_precision,
-    use_threads,
-)
+from resonance_nn.cli.bench_common import PlotOption, SetOption, check_outputs, numbers, one_precision, use_threads
 from resonance_nn.cli.bench_learning import (
     BatchTokens,
     Cooldown,
@@ -31,7 +23,7 @@ from resonance_nn.cli.bench_learning import (
     WeightDecay,
     showing,
 )
-from resonance_nn.cli.common import DeviceOption, JsonOption, config_fields, console_for, wide_view, write_json
+from resonance_nn.cli.common import DeviceOption, JsonOption, config_fields, console_for, names, wide_view, write_json
 
 
 def quality(

@@ -27,11 +27,10 @@ from resonance_nn.cli.bench_common import (
     chosen_numbers,
     measure,
     model_options,
-    names_or_none,
     numbers,
     title_of,
 )
-from resonance_nn.cli.common import DeviceOption, JsonOption, wide_view
+from resonance_nn.cli.common import DeviceOption, JsonOption, names_or_none, wide_view
 
 
 def speed(

@@ -9,13 +9,15 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from resonance_nn.cli.bench_common import SetOption, check_outputs, names, numbers, use_threads
+from resonance_nn.cli.bench_common import SetOption, check_outputs, numbers, use_threads
 from resonance_nn.cli.bench_learning import OutputDir, Overwrite, Rates, Resume, Threads, WeightDecay
 from resonance_nn.cli.common import (
     DeviceOption,
     JsonOption,
     config_fields,
     console_for,
+    names,
+    names_or_none,
     stderr_console,
     wide_view,
     write_json,
@@ -34,15 +36,17 @@ def task(
     hold_out: Annotated[
         str | None, typer.Option(metavar="COLUMN", help="Of the tables: hold out each of its values in turn.")
     ] = None,
-    epochs: Annotated[float | None, typer.Option(help="Passes over the data.", show_default="1")] = None,
+    epochs: Annotated[float | None, typer.Option(help="Passes over the data.", show_default="the task's")] = None,
     steps: Annotated[int | None, typer.Option(help="Instead of epochs.", show_default=False)] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples a step.", show_default="the task's")] = None,
-    vocab_size: Annotated[int | None, typer.Option(help="Of the tokenizer to train.", show_default="8192")] = None,
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Of the tokenizer to train.", show_default="the task's")
+    ] = None,
     config: SetOption = None,
     mixers: Annotated[str | None, typer.Option(help="Of ours, by commas.", show_default="the task's")] = None,
-    dropout: Annotated[float | None, typer.Option(help="In [0, 1), of all models.", show_default="0")] = None,
+    dropout: Annotated[float | None, typer.Option(help="In [0, 1), of all models.", show_default="the task's")] = None,
     r_drop: Annotated[float, typer.Option(help="As of `resonance train`.")] = 0.0,
-    augment: Annotated[str | None, typer.Option(help="As of `resonance train`.", show_default=False)] = None,
+    augment: Annotated[str | None, typer.Option(help="As of `resonance train`.", show_default="the task's")] = None,
     lrs: Rates = "1e-3,3e-3",
     seeds: Annotated[int, typer.Option(help="Of weights and batches.")] = 3,
     optimizer: Annotated[str, typer.Option("--optimizer", help="adamw or muon, of all models.")] = "adamw",
@@ -83,7 +87,7 @@ def task(
         precision=precision,
         device=device,
         r_drop=r_drop,
-        augment=None if augment is None else names(augment),
+        augment=None if augment is None else names_or_none(augment),
     )
     options = suite.TaskOptions(
         arguments, names(models), variant_fields(variant), rates, seeds, hold_out, Path(output_dir)

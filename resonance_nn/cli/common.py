@@ -115,6 +115,16 @@ def config_fields(given: Sequence[str] | None) -> dict[str, Any]:
     return fields
 
 
+def names(text: str) -> tuple[str, ...]:
+    """Those of "a,b"."""
+    return tuple(name.strip() for name in text.split(","))
+
+
+def names_or_none(text: str) -> tuple[str, ...]:
+    """Those of "a,b"; none of "none"."""
+    return () if text == "none" else names(text)
+
+
 def dtype_of(precision: str) -> torch.dtype | None:
     """The dtype of "fp32", "bf16" or "fp16"; None for "auto"."""
     import torch

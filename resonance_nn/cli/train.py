@@ -9,7 +9,15 @@ from typing import Annotated
 
 import typer
 
-from resonance_nn.cli.common import JsonOption, check_output, config_fields, console_for, stderr_console, write_json
+from resonance_nn.cli.common import (
+    JsonOption,
+    check_output,
+    config_fields,
+    console_for,
+    names_or_none,
+    stderr_console,
+    write_json,
+)
 
 MODEL, BUDGET, OPTIMISER, RUN = "Model", "Budget and batches", "Optimisation", "Run"
 
@@ -33,7 +41,9 @@ def train(
     binary: Annotated[bool, typer.Option("--binary", help="Take files that are not text, byte for byte.")] = False,
     size: Annotated[
         str | None,
-        typer.Option(help="tiny, small, base, medium, large or xlarge. Default: tiny.", rich_help_panel=MODEL),
+        typer.Option(
+            help="tiny, small, base, medium, large or xlarge. Default: tiny, or the task's.", rich_help_panel=MODEL
+        ),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="default, spectral, hybrid or memory: docs/results.md.", rich_help_panel=MODEL)
@@ -42,7 +52,7 @@ def train(
         str | None, typer.Option(help="Comma-separated, repeated over the layers.", rich_help_panel=MODEL)
     ] = None,
     vocab_size: Annotated[
-        int | None, typer.Option(help="Of the tokenizer to train. Default: 8192.", rich_help_panel=MODEL)
+        int | None, typer.Option(help="Of the tokenizer to train. Default: 8192, or the task's.", rich_help_panel=MODEL)
     ] = None,
     tokenizer: Annotated[
         str | None, typer.Option(help="Folder of a tokenizer to use instead of training one.", rich_help_panel=MODEL)
@@ -56,8 +66,12 @@ def train(
             "--set", metavar="FIELD=VALUE", help="Any field of ResonanceConfig; repeatable.", rich_help_panel=MODEL
         ),
     ] = None,
-    dropout: Annotated[float | None, typer.Option(help="In [0, 1).", rich_help_panel=MODEL)] = None,
-    label_smoothing: Annotated[float | None, typer.Option(help="In [0, 1).", rich_help_panel=MODEL)] = None,
+    dropout: Annotated[
+        float | None, typer.Option(help="In [0, 1). Default: 0, or the task's.", rich_help_panel=MODEL)
+    ] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="In [0, 1). Default: 0, or the task's.", rich_help_panel=MODEL)
+    ] = None,
     z_loss: Annotated[float | None, typer.Option(help="Weight of mean(lse²).", rich_help_panel=MODEL)] = None,
     fim: Annotated[
         float,
@@ -69,7 +83,7 @@ def train(
     ] = 0.0,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.", rich_help_panel=BUDGET)] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="Passes over the data. Default: 1.", rich_help_panel=BUDGET)
+        float | None, typer.Option(help="Passes over the data. Default: 1, or the task's.", rich_help_panel=BUDGET)
     ] = None,
     tokens: Annotated[int | None, typer.Option(help="Tokens to train on.", rich_help_panel=BUDGET)] = None,
     seq_len: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=BUDGET)] = 512,
@@ -81,7 +95,8 @@ def train(
     lr: Annotated[
         float | None,
         typer.Option(
-            help="Peak. Default: muon 6e-3, adamw 3e-3, times 256 / width if less than 1; with --init a tenth.",
+            help="Peak. Default: muon 6e-3, adamw 3e-3, times 256 / width if less than 1, times the task's; with "
+            "--init a tenth.",
             rich_help_panel=OPTIMISER,
         ),
     ] = None,
@@ -99,7 +114,8 @@ def train(
     augment: Annotated[
         str | None,
         typer.Option(
-            help="By commas: changes at random. Texts: split, drop; images: flip, crop, zoom, erase; sounds: speed …",
+            help="By commas: changes at random. Default: the task's. Texts: split, drop; images: flip, crop, zoom, "
+            "erase; sounds: speed …; none.",
             rich_help_panel=OPTIMISER,
         ),
     ] = None,
@@ -172,7 +188,7 @@ def train(
         weight_decay=weight_decay,
         clip=clip,
         r_drop=r_drop,
-        augment=None if augment is None else tuple(name.strip() for name in augment.split(",")),
+        augment=None if augment is None else names_or_none(augment),
         precision=precision,
         gradient_checkpointing=gradient_checkpointing,
         compile=compile,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import importlib.util
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -27,7 +28,7 @@ from resonance_nn.models.base import ResonancePreTrainedModel
 from resonance_nn.models.multimodal import MultimodalEncoder
 from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
 from resonance_nn.models.vision import ResonanceForImageClassification
-from resonance_nn.tasks.augment import check_changes
+from resonance_nn.tasks.augment import IMAGE_CHANGES, check_changes
 from resonance_nn.unread import refuse_unread, unread_fields
 
 Build = Callable[[ResonanceConfig], PreTrainedModel]
@@ -68,22 +69,45 @@ class Task(ABC):
     name: ClassVar[str]
     data: ClassVar[str]  # what --data names, for people
     architecture: ClassVar[type[ResonancePreTrainedModel]]
-    fields: ClassVar[Mapping[str, Any]] = {}  # of the configuration, where nobody says otherwise
+    fields: ClassVar[Mapping[str, Any]] = {}  # of the configuration, unless a recipe is asked for
+    width_and_depth: ClassVar[Mapping[str, int]] = {}  # unless a size is
+    usual: ClassVar[Mapping[str, Any]] = {}  # arguments, where nobody says otherwise: docs/tasks.md has their figures
+    rate: ClassVar[float] = 1.0  # times that of the optimiser
     batch_size: ClassVar[int] = 64
     metric: ClassVar[str] = "eval_loss"  # the one to name first
     changes: ClassVar[tuple[str, ...]] = ()  # of examples, that --augment may name
     predicts_classes: ClassVar[bool] = False  # one class, or one after the other: what --r-drop is for
 
     def __init__(self, arguments: TrainArguments, build: Build | None = None) -> None:
-        self.arguments = arguments
+        self.given = arguments
+        self.arguments = replace(arguments, **self._unsaid(arguments))
         self.build: Build = self.architecture if build is None else build
+
+    @property
+    def note(self) -> str:
+        """What a package that is missing keeps from the model, for people."""
+        usual = self.usual.get("augment", ()) if self.given.augment is None else ()
+        lacking = [name for name in usual if name not in (self.arguments.augment or ())]
+        return f" (without {', '.join(lacking)}: pip install 'resonance-nn[images]')" if lacking else ""
+
+    def _unsaid(self, a: TrainArguments) -> dict[str, Any]:
+        """Of ``usual``, what the arguments leave open."""
+        found = {name: value for name, value in self.usual.items() if getattr(a, name) is None and name not in a.config}
+        taken = ("epochs",) if a.steps or a.tokens else ()
+        if a.init:  # the model's own
+            taken += ("vocab_size", *a.training_fields())
+        if a.tokenizer:
+            taken += ("vocab_size",)
+        if "augment" in found and importlib.util.find_spec("kornia") is None:
+            found["augment"] = tuple(name for name in found["augment"] if name not in IMAGE_CHANGES)
+        return {name: value for name, value in found.items() if name not in taken}
 
     def initial(self) -> ResonanceConfig:
         """Check what can be checked without data, and load what the run starts from; the configuration as far as it
         is known. Raises ValueError."""
         a = self.arguments
         check_changes(a.augment, self.changes, self.name)
-        self.start = a.changed(load_config(a.init)) if a.init else a.model_config(self.fields)
+        self.start = a.changed(load_config(a.init)) if a.init else a.model_config(self._new_fields())
         if a.init:
             self._check_inputs(a.init)
         else:
@@ -96,10 +120,15 @@ class Task(ABC):
             )
         return self.start
 
+    def _new_fields(self) -> dict[str, Any]:
+        """Of a new model's configuration."""
+        a = self.arguments
+        return {**({} if a.recipe else self.fields), **({} if a.size else self.width_and_depth)}
+
     def unread(self) -> list[str]:
         """Which of the fields that were set no part of a new model reads, whatever modalities it has."""
         a, patch = self.arguments, self.arguments.config.get("patch_size", ResonanceConfig.patch_size)
-        config = a.model_config(self.fields, image_size=(8 * patch, 8 * patch))
+        config = a.model_config(self._new_fields(), image_size=(8 * patch, 8 * patch))
         config.modalities = MODALITIES
         return unread_fields(self.architecture, config, a.config)
 
@@ -133,7 +162,7 @@ class Task(ABC):
         otherwise."""
         if self.arguments.init:
             return copy.deepcopy(self.start)
-        return self.arguments.model_config(self.fields, **facts)
+        return self.arguments.model_config(self._new_fields(), **facts)
 
     def new_model(self, config: ResonanceConfig) -> PreTrainedModel:
         """From the run's seed, or with the weights to start from. Raises ValueError where memory is too small."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -61,6 +61,14 @@ class MultimodalClassification(ExamplesTask):
     predicts_classes = True
     data = "tables (.jsonl, .csv) with any of text, image, audio, and label"
     metric = "eval_accuracy"
+    width_and_depth = {"hidden_size": 96, "num_hidden_layers": 2}  # noqa: RUF012
+    usual: ClassVar[Mapping[str, Any]] = {
+        "epochs": 20,
+        "dropout": 0.1,
+        "vocab_size": 1000,
+        "augment": ("drop", "flip", "crop"),
+    }
+    rate = 0.5
     batch_size = 32
     changes = tuple(name for names in CHANGES.values() for name in names)
     columns: ClassVar[tuple[str, ...]] = ("label",)
@@ -86,7 +94,7 @@ class MultimodalClassification(ExamplesTask):
         a, (train, held_out) = self.arguments, examples
         kinds = self.modalities(train)
         for kind, names in CHANGES.items():
-            if kind not in kinds and (vain := [name for name in a.augment or () if name in names]):
+            if kind not in kinds and (vain := [name for name in self.given.augment or () if name in names]):
                 has = ", ".join(kinds)
                 raise DataError(f"augment = {vain[0]!r}: is of {kind}, and the model has {has}; leave it out")
         facts: dict[str, Any] = {"modalities": kinds, **self.facts(examples, kinds)}
@@ -122,7 +130,7 @@ class MultimodalClassification(ExamplesTask):
         texts, images, sounds = ([row[m] for row in rows if row[m] and m in kinds] for m in MODALITIES)
         tokenizer = self.tokenizer
         if tokenizer is None:
-            vocab_size = a.vocab_size or (8192 if texts else SMALLEST_VOCABULARY)
+            vocab_size = a.vocab_size if texts and a.vocab_size else SMALLEST_VOCABULARY
             tokenizer = train_tokenizer((text.encode() for text in texts), vocab_size, progress=a.progress)
         rate = self.start.sampling_rate if "sampling_rate" in a.config else common_rate(sounds)
         fields: dict[str, Any] = {"sampling_rate": rate}
@@ -187,6 +195,8 @@ class MultimodalRetrieval(MultimodalClassification):
 
     name = "multimodal-retrieval"
     predicts_classes = False
+    usual = {**MultimodalClassification.usual, "epochs": 30}  # noqa: RUF012
+    batch_size = 64
     data = "tables (.jsonl, .csv) with two or more of text, image, audio"
     metric = "eval_recall@10"
     columns = ()

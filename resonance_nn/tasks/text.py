@@ -147,6 +147,10 @@ class TextClassification(TextTask):
     columns, texts = ("text", "label"), ("text",)
     metric = "eval_accuracy"
     changes = TEXT_CHANGES
+    width_and_depth = {"hidden_size": 128, "num_hidden_layers": 2}  # noqa: RUF012
+    usual = {"epochs": 10, "dropout": 0.3, "augment": ("split", "drop"), "vocab_size": 4000}  # noqa: RUF012
+    rate = 1 / 3
+    batch_size = 32
     architecture = ResonanceForSequenceClassification
 
     def facts(self, examples: tuple[list[Row], list[Row]]) -> dict[str, Any]:

@@ -33,6 +33,9 @@ class Translation(TextTask):
     data = "tables (.tsv, .csv, .jsonl) with source and target"
     columns, texts = ("source", "target"), ("source", "target")
     fields = {}  # noqa: RUF012
+    width_and_depth = {"hidden_size": 256, "num_hidden_layers": 3}  # noqa: RUF012
+    usual = {"epochs": 8, "dropout": 0.2, "label_smoothing": 0.1, "vocab_size": 6000}  # noqa: RUF012
+    batch_size = 128
     metric = "eval_bleu"
     changes = TEXT_CHANGES  # split: of both sides; drop: of the source
     written = ("labels",)
