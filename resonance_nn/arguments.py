@@ -47,7 +47,7 @@ class TrainArguments:
     tokenizer: str | None = None  # a folder with a tokenizer to use instead
     init: str | None = None  # a model to go on from
     config: dict[str, Any] = field(default_factory=dict)  # further fields of ResonanceConfig
-    dropout: float | None = None  # None: the model's, the task's for a new one; so are the next two
+    dropout: float | None = None  # None: the task's, of init's the model's if of this task; so are the next two
     label_smoothing: float | None = None
     z_loss: float | None = None
     fim: float = 0.0  # share of the training documents to learn to fill in the middle of; text-generation only
@@ -58,7 +58,7 @@ class TrainArguments:
     seq_len: int = 512
     batch_size: int | None = None  # windows or examples a process in one forward pass; None: the task's
     accumulate: int = 1  # forward passes a step
-    lr: float | None = None  # None: 6e-3 of muon, 3e-3 of adamw, · 256 / width if less, · the task's; a tenth with init
+    lr: float | None = None  # None: 6e-3 of muon, 3e-3 of adamw, · 256 / width if less, · the task's, or 0.1 with init
     warmup: float = 0.05  # below 1 a share of the steps, else steps
     optimizer: str = "muon"  # or "adamw", see resonance_nn.optim
     weight_decay: float = 0.1

@@ -28,7 +28,7 @@ from resonance_nn.ops.fla_backend import check_backend
 from resonance_nn.plots import plot_loss
 from resonance_nn.progress import InterruptCallback, ProgressCallback, TrainingInterrupted
 from resonance_nn.rundir import RunFolder, write_errors
-from resonance_nn.tasks import TASKS, Build
+from resonance_nn.tasks import TASKS, Build, Task
 from resonance_nn.trainer import ResonanceTrainer
 
 __all__ = ["TrainArguments", "TrainingInterrupted", "train"]
@@ -54,7 +54,7 @@ def train(arguments: TrainArguments, build: Build | None = None) -> dict[str, An
     batch_size = arguments.batch_size or task.batch_size
     trainer_arguments = _trainer_arguments(arguments, device, precision, config, batch_size, task.rate)
     folder = RunFolder(Path(arguments.output_dir))
-    run = _run_settings(arguments, trainer_arguments, device, precision)
+    run = _run_settings(task, trainer_arguments, device, precision, batch_size)
     main = trainer_arguments.process_index == 0
     if main:
         folder.check(arguments.resume, arguments.overwrite, run)
@@ -94,7 +94,7 @@ def train(arguments: TrainArguments, build: Build | None = None) -> dict[str, An
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
     progress.say(
         f"{parameters / 1e6:.2f}M parameters, {steps:,} steps of {per_step:,} {learning.unit}, {learning.text}, "
-        f"{precision} on {device}{task.note}"
+        f"{precision} on {device}{task.note(model)}"
     )
     checkpoint = folder.last_checkpoint()
     begin = time.perf_counter()
@@ -159,7 +159,7 @@ def _trainer_arguments(
     lr = arguments.lr
     if lr is None:
         of_width_256 = OPTIMIZERS[arguments.optimizer]
-        lr = rate * of_width_256 * min(1.0, 256 / config.hidden_size) * (0.1 if arguments.init else 1.0)
+        lr = of_width_256 * min(1.0, 256 / config.hidden_size) * (0.1 if arguments.init else rate)
     result = TrainingArguments(
         output_dir=str(arguments.output_dir),
         per_device_train_batch_size=batch_size,
@@ -215,10 +215,13 @@ def _set_steps(arguments: TrainArguments, trainer_arguments: TrainingArguments, 
 
 
 def _run_settings(
-    arguments: TrainArguments, trainer_arguments: TrainingArguments, device: str, precision: str
+    task: Task, trainer_arguments: TrainingArguments, device: str, precision: str, batch_size: int
 ) -> dict[str, Any]:
     """What a resumed run must share with its beginning, as JSON."""
+    arguments = task.arguments
     settings = {f.name: getattr(arguments, f.name) for f in fields(arguments) if f.name not in FREE}
     settings |= {"mixers": list(arguments.mixers) if arguments.mixers else None, "device": device}
     settings |= {"precision": precision, "lr": trainer_arguments.learning_rate}
+    if task.usual:  # what it takes of its own, for the next version's may be another
+        settings |= {"batch_size": batch_size, "fields": {} if arguments.init else task.new_fields()}
     return {"settings": {**settings, "processes": trainer_arguments.world_size}}

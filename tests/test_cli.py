@@ -68,8 +68,8 @@ FLAGS = {
     "bench spectrum": "--data --tokens --window --device --json --plot",
     "bench tracking": f"--tasks --train-lengths --lengths --vocab-size --pairs --watch --fillers {COMMON_LEARNING}",
     "bench task": "--data --task --models --variant --eval-data --hold-out --epochs --steps --batch-size --vocab-size "
-    "--set --mixers --dropout --r-drop --augment --lrs --seeds --optimizer --weight-decay --precision --threads "
-    "--device --output-dir --resume --overwrite --json",
+    "--set --mixers --dropout --label-smoothing --r-drop --augment --lrs --seeds --optimizer --weight-decay "
+    "--precision --threads --device --output-dir --resume --overwrite --json",
     "bench speed": f"--lengths --full --tokens-per-batch --forward-only --peers {COMMON_MODELS} {COMMON_TIMING}",
     "bench throughput": f"--batches --length --peers {COMMON_MODELS} {COMMON_TIMING}",
     "bench memory": f"--lengths --tokens-per-batch --gradient-checkpointing --peers {COMMON_MODELS}",

@@ -217,7 +217,7 @@ def test_a_rate_of_its_own_for_each_optimizer(arguments, optimizer, rate):
         for D in (64, 256, 512)
     ]
     expected = [rate, rate, rate / 2, rate / 10, rate / 10, rate / 20, 0.5, 0.5, 0.5]
-    expected += [rate / 2, rate / 2, rate / 4, rate / 20, rate / 20, rate / 40, 0.5, 0.5, 0.5]
+    expected += [rate / 2, rate / 2, rate / 4, rate / 10, rate / 10, rate / 20, 0.5, 0.5, 0.5]
     assert [one.learning_rate for one in made] == pytest.approx(expected)
 
 

@@ -45,6 +45,9 @@ def task(
     config: SetOption = None,
     mixers: Annotated[str | None, typer.Option(help="Of ours, by commas.", show_default="the task's")] = None,
     dropout: Annotated[float | None, typer.Option(help="In [0, 1), of all models.", show_default="the task's")] = None,
+    label_smoothing: Annotated[
+        float | None, typer.Option(help="In [0, 1), of all models.", show_default="the task's")
+    ] = None,
     r_drop: Annotated[float, typer.Option(help="As of `resonance train`.")] = 0.0,
     augment: Annotated[str | None, typer.Option(help="As of `resonance train`.", show_default="the task's")] = None,
     lrs: Rates = "1e-3,3e-3",
@@ -78,6 +81,7 @@ def task(
         config=fields,
         mixers=None if mixers is None else names(mixers),
         dropout=dropout,
+        label_smoothing=label_smoothing,
         vocab_size=vocab_size,
         steps=steps,
         epochs=epochs,

@@ -89,7 +89,7 @@ def train(
     seq_len: Annotated[int, typer.Option(help="Tokens a window.", rich_help_panel=BUDGET)] = 512,
     batch_size: Annotated[
         int | None,
-        typer.Option(help="In one forward pass. Default: 8 windows of text, 64 examples.", rich_help_panel=BUDGET),
+        typer.Option(help="In one forward pass. Default: 8 windows of text, or the task's.", rich_help_panel=BUDGET),
     ] = None,
     accumulate: Annotated[int, typer.Option(help="Forward passes a step.", rich_help_panel=BUDGET)] = 1,
     lr: Annotated[

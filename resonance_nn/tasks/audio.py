@@ -193,8 +193,10 @@ class AudioClassification(ExamplesTask):
     def spectra(self, sampling_rate: int) -> dict[str, int]:
         """Fields of a new model's front end: windows of 12 ms, too short to tell a voice's harmonics apart, for what is
         said matters more than who says it."""
-        short = {"window_size": max(1, round(0.012 * sampling_rate)), "num_mel_bins": 40}
-        return short if self.start.front_end == "log_mel" else {}
+        if self.start.front_end != "log_mel":
+            return {}
+        hop = self.arguments.config.get("hop_size", 1)  # a window is no shorter, or it would miss samples
+        return {"window_size": max(hop, round(0.012 * sampling_rate)), "num_mel_bins": 40}
 
     def target(self, sound: Sound, samples: int) -> Any:
         """What is to be said of a sound of so many samples."""

@@ -71,8 +71,8 @@ class Task(ABC):
     architecture: ClassVar[type[ResonancePreTrainedModel]]
     fields: ClassVar[Mapping[str, Any]] = {}  # of the configuration, unless a recipe is asked for
     width_and_depth: ClassVar[Mapping[str, int]] = {}  # unless a size is
-    usual: ClassVar[Mapping[str, Any]] = {}  # arguments, where nobody says otherwise: docs/tasks.md has their figures
-    rate: ClassVar[float] = 1.0  # times that of the optimiser
+    usual: ClassVar[Mapping[str, Any]] = {}  # arguments, where nobody says otherwise: docs/tasks.md has them all
+    rate: ClassVar[float] = 1.0  # times that of the optimiser, of a new model
     batch_size: ClassVar[int] = 64
     metric: ClassVar[str] = "eval_loss"  # the one to name first
     changes: ClassVar[tuple[str, ...]] = ()  # of examples, that --augment may name
@@ -80,24 +80,27 @@ class Task(ABC):
 
     def __init__(self, arguments: TrainArguments, build: Build | None = None) -> None:
         self.given = arguments
+        self.of_init = load_config(arguments.init) if arguments.init else None
         self.arguments = replace(arguments, **self._unsaid(arguments))
         self.build: Build = self.architecture if build is None else build
 
-    @property
-    def note(self) -> str:
-        """What a package that is missing keeps from the model, for people."""
-        usual = self.usual.get("augment", ()) if self.given.augment is None else ()
-        lacking = [name for name in usual if name not in (self.arguments.augment or ())]
-        return f" (without {', '.join(lacking)}: pip install 'resonance-nn[images]')" if lacking else ""
+    def note(self, model: PreTrainedModel) -> str:
+        """The random changes of what a model is trained on, for people, and which a missing package keeps away."""
+        done, usual = self.arguments.augment or (), self.usual.get("augment", ()) if self.given.augment is None else ()
+        pictures = "image" in getattr(model.config, "modalities", MODALITIES)
+        lacking = [name for name in usual if name not in done and pictures]
+        done = [name for name in done if self.given.augment or pictures or name not in IMAGE_CHANGES]
+        text = f", changed by {', '.join(done)}" if done else ""
+        return text + (f" (not by {', '.join(lacking)}: pip install 'resonance-nn[images]')" if lacking else "")
 
     def _unsaid(self, a: TrainArguments) -> dict[str, Any]:
         """Of ``usual``, what the arguments leave open."""
         found = {name: value for name, value in self.usual.items() if getattr(a, name) is None and name not in a.config}
         taken = ("epochs",) if a.steps or a.tokens else ()
-        if a.init:  # the model's own
-            taken += ("vocab_size", *a.training_fields())
-        if a.tokenizer:
+        if a.init or a.tokenizer:
             taken += ("vocab_size",)
+        if self.of_init is not None and (self.of_init.architectures or [""])[0] == self.architecture.__name__:
+            taken += tuple(a.training_fields())  # it goes on as it was trained
         if "augment" in found and importlib.util.find_spec("kornia") is None:
             found["augment"] = tuple(name for name in found["augment"] if name not in IMAGE_CHANGES)
         return {name: value for name, value in found.items() if name not in taken}
@@ -107,7 +110,7 @@ class Task(ABC):
         is known. Raises ValueError."""
         a = self.arguments
         check_changes(a.augment, self.changes, self.name)
-        self.start = a.changed(load_config(a.init)) if a.init else a.model_config(self._new_fields())
+        self.start = a.model_config(self.new_fields()) if self.of_init is None else a.changed(self.of_init)
         if a.init:
             self._check_inputs(a.init)
         else:
@@ -120,15 +123,15 @@ class Task(ABC):
             )
         return self.start
 
-    def _new_fields(self) -> dict[str, Any]:
-        """Of a new model's configuration."""
+    def new_fields(self) -> dict[str, Any]:
+        """Of a new model's configuration, where no argument says otherwise."""
         a = self.arguments
         return {**({} if a.recipe else self.fields), **({} if a.size else self.width_and_depth)}
 
     def unread(self) -> list[str]:
         """Which of the fields that were set no part of a new model reads, whatever modalities it has."""
         a, patch = self.arguments, self.arguments.config.get("patch_size", ResonanceConfig.patch_size)
-        config = a.model_config(self._new_fields(), image_size=(8 * patch, 8 * patch))
+        config = a.model_config(self.new_fields(), image_size=(8 * patch, 8 * patch))
         config.modalities = MODALITIES
         return unread_fields(self.architecture, config, a.config)
 
@@ -162,7 +165,7 @@ class Task(ABC):
         otherwise."""
         if self.arguments.init:
             return copy.deepcopy(self.start)
-        return self.arguments.model_config(self._new_fields(), **facts)
+        return self.arguments.model_config(self.new_fields(), **facts)
 
     def new_model(self, config: ResonanceConfig) -> PreTrainedModel:
         """From the run's seed, or with the weights to start from. Raises ValueError where memory is too small."""

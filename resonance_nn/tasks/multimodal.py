@@ -61,6 +61,7 @@ class MultimodalClassification(ExamplesTask):
     predicts_classes = True
     data = "tables (.jsonl, .csv) with any of text, image, audio, and label"
     metric = "eval_accuracy"
+    fields = {"modality_dropout": 0.3}  # noqa: RUF012
     width_and_depth = {"hidden_size": 96, "num_hidden_layers": 2}  # noqa: RUF012
     usual: ClassVar[Mapping[str, Any]] = {
         "epochs": 20,
@@ -195,6 +196,7 @@ class MultimodalRetrieval(MultimodalClassification):
 
     name = "multimodal-retrieval"
     predicts_classes = False
+    fields = {}  # noqa: RUF012
     usual = {**MultimodalClassification.usual, "epochs": 30}  # noqa: RUF012
     batch_size = 64
     data = "tables (.jsonl, .csv) with two or more of text, image, audio"
