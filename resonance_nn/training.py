@@ -52,7 +52,7 @@ def train(arguments: TrainArguments, build: Build | None = None) -> dict[str, An
     arguments, config = task.arguments, task.initial()
     check_backend(config.backend, device)
     batch_size = arguments.batch_size or task.batch_size
-    trainer_arguments = _trainer_arguments(arguments, device, precision, config, batch_size, task.rate)
+    trainer_arguments = _trainer_arguments(arguments, device, precision, config, batch_size, task)
     folder = RunFolder(Path(arguments.output_dir))
     run = _run_settings(task, trainer_arguments, device, precision, batch_size)
     main = trainer_arguments.process_index == 0
@@ -154,12 +154,12 @@ def _no_progress_bars() -> Iterator[None]:
 
 
 def _trainer_arguments(
-    arguments: TrainArguments, device: str, precision: str, config: ResonanceConfig, batch_size: int, rate: float
+    arguments: TrainArguments, device: str, precision: str, config: ResonanceConfig, batch_size: int, task: Task
 ) -> TrainingArguments:
     lr = arguments.lr
     if lr is None:
         of_width_256 = OPTIMIZERS[arguments.optimizer]
-        lr = of_width_256 * min(1.0, 256 / config.hidden_size) * (0.1 if arguments.init else rate)
+        lr = of_width_256 * min(1.0, 256 / config.hidden_size) * (0.1 if arguments.init else task.rate)
     result = TrainingArguments(
         output_dir=str(arguments.output_dir),
         per_device_train_batch_size=batch_size,
@@ -167,7 +167,7 @@ def _trainer_arguments(
         gradient_accumulation_steps=arguments.accumulate,
         learning_rate=lr,
         lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr_rate": 0.1},
+        lr_scheduler_kwargs={"min_lr_rate": task.last_rate},
         weight_decay=arguments.weight_decay,
         adam_beta1=0.9,
         adam_beta2=0.95,
@@ -224,4 +224,5 @@ def _run_settings(
     settings |= {"precision": precision, "lr": trainer_arguments.learning_rate}
     if task.usual:  # what it takes of its own, for the next version's may be another
         settings |= {"batch_size": batch_size, "fields": {} if arguments.init else task.new_fields()}
+        settings["last_rate"] = task.last_rate
     return {"settings": {**settings, "processes": trainer_arguments.world_size}}

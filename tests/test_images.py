@@ -195,9 +195,10 @@ def test_random_changes(tmp_path):
     assert torch.equal(once[~same], values[~same].flip(3))
     zoom = image_changes(("zoom",))
     assert zoom is not None
-    square = torch.zeros(64, 1, 40, 40)
+    square = torch.zeros(400, 1, 40, 40)
     square[:, :, 10:30, 10:30] = 1
     sides = zoom(square).sum((1, 2, 3)).sqrt() / 20
     assert 0.84 < sides.min() < 0.92
     assert 1.08 < sides.max() < 1.16
+    assert float((sides != 1).float().mean()) == pytest.approx(0.3, abs=0.1)
     assert image_changes(()) is None

@@ -5,6 +5,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -210,7 +211,12 @@ def test_init_goes_on_with_a_model(arguments, tmp_path):
 def test_a_rate_of_its_own_for_each_optimizer(arguments, optimizer, rate):
     made = [
         training_module._trainer_arguments(
-            replace(arguments, **change), "cpu", "fp32", ResonanceConfig(hidden_size=D), 8, of_task
+            replace(arguments, **change),
+            "cpu",
+            "fp32",
+            ResonanceConfig(hidden_size=D),
+            8,
+            SimpleNamespace(rate=of_task, last_rate=0.1),
         )
         for of_task in (1.0, 0.5)
         for change in ({"optimizer": optimizer}, {"optimizer": optimizer, "init": "model"}, {"lr": 0.5})

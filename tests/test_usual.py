@@ -90,7 +90,7 @@ def test_without_kornia_pictures_stay_as_they_are(monkeypatch):
     task = made("image-classification")
     task.initial()
     assert task.arguments.augment == ()
-    assert task.note(model_of()) == " (not by flip, crop: pip install 'resonance-nn[images]')"
+    assert task.note(model_of()) == " (not by flip, crop, zoom: pip install 'resonance-nn[images]')"
     assert made("image-classification", augment=()).note(model_of()) == ""
     task = made("multimodal-classification")
     assert task.arguments.augment == ("drop",)

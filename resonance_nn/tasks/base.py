@@ -73,6 +73,7 @@ class Task(ABC):
     width_and_depth: ClassVar[Mapping[str, int]] = {}  # unless a size is
     usual: ClassVar[Mapping[str, Any]] = {}  # arguments, where nobody says otherwise: docs/tasks.md has them all
     rate: ClassVar[float] = 1.0  # times that of the optimiser, of a new model
+    last_rate: ClassVar[float] = 0.1  # of the highest, where the cosine ends
     batch_size: ClassVar[int] = 64
     metric: ClassVar[str] = "eval_loss"  # the one to name first
     changes: ClassVar[tuple[str, ...]] = ()  # of examples, that --augment may name

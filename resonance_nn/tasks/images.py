@@ -128,7 +128,8 @@ class ImageClassification(ExamplesTask):
     data = "a folder with a folder a class, a table with image and label, or MNIST's files (…images-idx3-ubyte.gz)"
     fields = {"mixers": ("global_filter",)}  # noqa: RUF012
     width_and_depth = {"hidden_size": 128, "num_hidden_layers": 4}  # noqa: RUF012
-    usual = {"epochs": 14, "dropout": 0.1, "label_smoothing": 0.1, "augment": ("flip", "crop")}  # noqa: RUF012
+    usual = {"epochs": 15, "dropout": 0.05, "label_smoothing": 0.1, "augment": ("flip", "crop", "zoom")}  # noqa: RUF012
+    last_rate = 0.01
     batch_size = 128
     metric = "eval_accuracy"
     changes = IMAGE_CHANGES
