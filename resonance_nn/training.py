@@ -223,6 +223,6 @@ def _run_settings(
     settings |= {"mixers": list(arguments.mixers) if arguments.mixers else None, "device": device}
     settings |= {"precision": precision, "lr": trainer_arguments.learning_rate}
     if task.usual:  # what it takes of its own, for the next version's may be another
-        settings |= {"batch_size": batch_size, "fields": {} if arguments.init else task.new_fields()}
-        settings["last_rate"] = task.last_rate
+        of_model = {} if arguments.init else task.new_fields()
+        settings |= {"batch_size": batch_size, "last_rate": task.last_rate, "fields": of_model}
     return {"settings": {**settings, "processes": trainer_arguments.world_size}}

@@ -96,6 +96,7 @@ def test_without_kornia_pictures_stay_as_they_are(monkeypatch):
     assert task.arguments.augment == ("drop",)
     assert "pip install" in task.note(model_of())
     assert task.note(model_of("text", "audio")) == ", changed by drop"
+    assert task.note(model_of("audio")) == ""
     with pytest.raises(ValueError, match="needs kornia"):
         made("image-classification", augment=("flip",)).initial()
 
@@ -104,8 +105,9 @@ def test_a_run_is_of_what_is_usual(tmp_path, capsys, monkeypatch):
     """A table, a folder and nothing else: the run's record and the model have the task's settings."""
     rows = [f"the film was {word}\t{label}" for word, label in (("good", "pos"), ("bad", "neg")) for _ in range(8)]
     (tmp_path / "films.tsv").write_text("\n".join(["text\tlabel", *rows]) + "\n")
-    words = ["train", "--task", "text-classification", "--data", str(tmp_path / "films.tsv")]
-    assert main([*words, "--output-dir", str(tmp_path / "run"), "--epochs", "1", "--set", "hidden_size=32"]) == 0
+    words = ["train", "--task", "text-classification", "--data", str(tmp_path / "films.tsv"), "--epochs", "1"]
+    first = [*words, "--output-dir", str(tmp_path / "run"), "--set", "hidden_size=32"]
+    assert main(first) == 0
     assert ", changed by split, drop" in capsys.readouterr().err
     task = TASKS["text-classification"]
     run = json.loads((tmp_path / "run" / "data" / "run.json").read_text())["settings"]
@@ -117,18 +119,8 @@ def test_a_run_is_of_what_is_usual(tmp_path, capsys, monkeypatch):
     assert (config["num_hidden_layers"], config["dropout"]) == (2, task.usual["dropout"])
     with monkeypatch.context() as other_version:
         other_version.setattr(task, "batch_size", 16)
-        resumed = [
-            *words,
-            "--output-dir",
-            str(tmp_path / "run"),
-            "--epochs",
-            "1",
-            "--set",
-            "hidden_size=32",
-            "--resume",
-        ]
-        assert main(resumed) == 2
+        assert main([*first, "--resume"]) == 2
         assert "batch_size was 32 and is 16" in capsys.readouterr().err
-    assert main(resumed) == 0
-    assert main([*words, "--output-dir", str(tmp_path / "plain"), "--epochs", "1", "--augment", "none"]) == 0
+    assert main([*first, "--resume"]) == 0
+    assert main([*words, "--output-dir", str(tmp_path / "plain"), "--augment", "none"]) == 0
     assert json.loads((tmp_path / "plain" / "data" / "run.json").read_text())["settings"]["augment"] == []

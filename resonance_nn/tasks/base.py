@@ -28,7 +28,7 @@ from resonance_nn.models.base import ResonancePreTrainedModel
 from resonance_nn.models.multimodal import MultimodalEncoder
 from resonance_nn.models.seq2seq import ResonanceForConditionalGeneration
 from resonance_nn.models.vision import ResonanceForImageClassification
-from resonance_nn.tasks.augment import IMAGE_CHANGES, check_changes
+from resonance_nn.tasks.augment import CHANGES, IMAGE_CHANGES, check_changes
 from resonance_nn.unread import refuse_unread, unread_fields
 
 Build = Callable[[ResonanceConfig], PreTrainedModel]
@@ -87,10 +87,10 @@ class Task(ABC):
 
     def note(self, model: PreTrainedModel) -> str:
         """The random changes of what a model is trained on, for people, and which a missing package keeps away."""
-        done, usual = self.arguments.augment or (), self.usual.get("augment", ()) if self.given.augment is None else ()
-        pictures = "image" in getattr(model.config, "modalities", MODALITIES)
-        lacking = [name for name in usual if name not in done and pictures]
-        done = [name for name in done if self.given.augment or pictures or name not in IMAGE_CHANGES]
+        wanted = self.usual.get("augment", ()) if self.given.augment is None else self.given.augment
+        known = [name for kind in getattr(model.config, "modalities", MODALITIES) for name in CHANGES[kind]]
+        done = [name for name in wanted if name in known and name in (self.arguments.augment or ())]
+        lacking = [name for name in wanted if name in known and name not in done]
         text = f", changed by {', '.join(done)}" if done else ""
         return text + (f" (not by {', '.join(lacking)}: pip install 'resonance-nn[images]')" if lacking else "")
 
